@@ -1,0 +1,31 @@
+# Needs Python 3.11 (or newer), pip and make; everything else is installed into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint smoke bench clean
+
+demo: $(VENV)/.ready ## the main job on real data that comes with the install; writes runs/demo/report.html
+	$(BIN)/hardmix demo
+
+test: $(VENV)/.ready ## all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+smoke: $(VENV)/.ready ## every shipped recipe that needs no further data, shortened
+	$(BIN)/python tools/smoke_recipes.py
+
+# torch comes first and alone: the constraints file then keeps every later package from pulling another build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+clean: ## remove the environment and caches, keep runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

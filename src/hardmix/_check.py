@@ -1,0 +1,137 @@
+"""Every input check and its message.
+
+A message is one sentence with four parts: who complains, which argument, what came, what to do. Checks read metadata
+only (type, rank, length, dtype, device, the range of a Python number), so none of them waits for a device; the one
+exception, `classes_in_range`, looks at values only where the tensor is already on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+
+def number(who: str, name: str, value: object) -> float:
+    """A finite Python number (bool excluded), returned as float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number.")
+    return float(value)
+
+
+def positive(who: str, name: str, value: object) -> float:
+    """A finite number greater than 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number greater than 0.")
+    return float(value)
+
+
+def non_negative(who: str, name: str, value: object) -> float:
+    """A finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number of at least 0.")
+    return float(value)
+
+
+def between(who: str, name: str, value: object, low: float, high: float) -> float:
+    """A number in the closed interval [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def integer(who: str, name: str, value: object, low: int) -> int:
+    """An integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass an integer of at least {low}.")
+    return value
+
+
+def interval(who: str, name: str, value: object, low: float, high: float) -> tuple[float, float]:
+    """A pair (a, b) of numbers with low <= a <= b <= high."""
+    try:
+        start, stop = (float(number) for number in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        start, stop = math.nan, math.nan
+    if not low <= start <= stop <= high:
+        raise ValueError(f"{who}: {name} is {value!r}; pass two numbers a <= b between {low:g} and {high:g}.")
+    return start, stop
+
+
+def choice(who: str, name: str, value: object, options: Iterable[str]) -> str:
+    """One of a few names; the nearest one is offered."""
+    names = list(options)
+    if not isinstance(value, str) or value not in names:
+        raise _type_or_value(
+            value if value is None or isinstance(value, str) else None,
+            f"{who}: {name} is {value!r}; pass one of {', '.join(map(repr, names))}{did_you_mean(str(value), names)}.",
+        )
+    return value
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """' (did you mean "x"?)' for the nearest name, or an empty string."""
+    near = get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def tensor(who: str, name: str, value: object) -> Tensor:
+    """A tensor, not an array or a list."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who}: {name} is a {type(value).__name__}; pass a torch.Tensor.")
+    return value
+
+
+def batch(who: str, name: str, value: object, min_ndim: int = 2, max_ndim: int = 5) -> Tensor:
+    """A non-empty batch (N, ...) of numbers with `min_ndim` to `max_ndim` axes."""
+    x = tensor(who, name, value)
+    if not min_ndim <= x.ndim <= max_ndim:
+        axes = f"{min_ndim}" if min_ndim == max_ndim else f"{min_ndim} to {max_ndim}"
+        raise ValueError(f"{who}: {name} has shape {tuple(x.shape)}; pass a batch with {axes} axes, samples first.")
+    if x.numel() == 0:
+        raise ValueError(f"{who}: {name} has shape {tuple(x.shape)} and is empty; pass at least one sample.")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{who}: {name} has dtype {x.dtype}; pass uint8 or floating-point values.")
+    return x
+
+
+def same_length(who: str, name: str, value: Tensor, other_name: str, rows: int) -> None:
+    """The first axis of `value` has `rows` entries."""
+    if value.ndim == 0 or value.shape[0] != rows:
+        got = value.shape[0] if value.ndim else "no"
+        raise ValueError(f"{who}: {name} has {got} entries but {other_name} has {rows} rows; pass one entry per row.")
+
+
+def same_device(who: str, name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+    """Both tensors live on one device."""
+    if value.device != device:
+        raise ValueError(
+            f"{who}: {name} is on {value.device} but {other_name} is on {device}; move both to one device with .to()."
+        )
+
+
+def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Class ids lie in [0, num_classes). Reads values, so it only looks at CPU tensors: a GPU is never waited for."""
+    if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low >= 0 and high < num_classes:
+        return
+    wrong = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if bool(wrong.any()):
+        first = int(labels[wrong][0])
+        raise ValueError(
+            f"{who}: {name} holds the class {first}, but logits have {num_classes} classes; "
+            f"pass class ids from 0 to {num_classes - 1}."
+        )
+
+
+def _type_or_value(value: object, message: str) -> Exception:
+    """TypeError when the kind of thing is wrong, ValueError when only its value is."""
+    wrong_kind = isinstance(value, bool) or not isinstance(value, (int, float, str))
+    return TypeError(message) if wrong_kind else ValueError(message)
