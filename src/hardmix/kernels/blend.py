@@ -1,0 +1,184 @@
+"""Blending a batch with its partners: the inner loop of every mixing policy.
+
+Each operation has one plain form: gather the partners, then lerp or select. Compiled regions, GPUs and autograd see it.
+In eager mode on a CPU what counts is memory traffic and the number of calls, so a batch that needs no gradient takes
+the first of these that fits. The numbers are those of the plain form.
+
+    cyclic shift   two contiguous blocks are lerped straight into the output; nothing is gathered
+    large rows     row by row; in place along the cycles of the pairing, which takes the memory of one saved row
+    boxes          the batch is copied once, then only the pixels inside the boxes, as bits, through NumPy's slices
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import pairwise, repeat
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FULL = (torch.float32, torch.float64)
+#: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Rows from this size on are worth a call each: streaming that much memory takes as long as the call itself.
+_LARGE_ROW_BYTES = 64 * 1024
+
+
+def box_mask(box: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(N, 1, *size) float32: 0 inside the half-open boxes (N, S, 2), 1 outside."""
+    start, stop = box.to(torch.float32).unbind(2)  # (N, S)
+    at = torch.arange(1.0, 2 * max(size), 2.0, device=box.device)
+    # Twice the distance of a pixel from the middle of the box, less the box's side, is odd; the last one inside has -1.
+    beyond = (at - (start + stop)[..., None]).abs_().sub_((stop - start)[..., None])  # (N, S, longest axis)
+    outside = beyond.clamp_(0.0, 1.0)
+    masks = [
+        outside[:, axis, :length].view(-1, 1, *[length if other == axis else 1 for other in range(len(size))])
+        for axis, length in enumerate(size)
+    ]
+    return reduce(torch.maximum, masks)
+
+
+def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """weight * own + (1 - weight) * other, in float32 for half types and integers, rounded once.
+
+    weight is (N, ...) and broadcastable to `own`; `out` may be `own` itself.
+    """
+    if _is_traced(own, other, weight):
+        return _written(_blend(own, other, weight), out)
+    if own.dtype in _FULL or not _has_large_rows(own):
+        return _blend(own, other, weight, out)
+    # Row by row, so that the float32 temporaries stay in the cache.
+    out = torch.empty_like(own) if out is None else out
+    for row in zip(own.unbind(0), other.unbind(0), weight.unbind(0), out.unbind(0), strict=True):
+        _blend(*row)
+    return out
+
+
+def blend_partner(
+    x: Tensor, partner: Tensor, weight: Tensor, *, shift: int | None = None, out: Tensor | None = None
+) -> Tensor:
+    """weight * x + (1 - weight) * x[partner], rounded as in `blend_rows`; `out` may be `x` itself.
+
+    `shift` says that partner[i] = (i + shift) mod N.
+    """
+    if _is_traced(x, weight):
+        return _written(_blend(x, _gather(x, partner), weight), out)
+    in_place = out is x
+    if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
+        out = torch.empty_like(x) if out is None else out
+        cut = x.shape[0] - shift
+        own, weights, outs = (t.tensor_split((cut,)) for t in (x, weight, out))
+        for piece in zip(own, reversed(x.tensor_split((shift,))), weights, outs, strict=True):
+            _blend(*piece)
+        return out
+    partners = partner.tolist() if _has_large_rows(x) else []
+    cycles = _cycles(partners) if in_place else []
+    if not partners or cycles is None:
+        return _blend(x, _gather(x, partner), weight, out)
+    out = torch.empty_like(x) if out is None else out
+    rows, weights, outs = x.unbind(0), weight.unbind(0), out.unbind(0)
+    if not in_place:
+        for i, j in enumerate(partners):
+            _blend(rows[i], rows[j], weights[i], outs[i])
+    for cycle in cycles:
+        first, last = cycle[0], cycle[-1]
+        saved = rows[first].clone()
+        for i, j in pairwise(cycle):
+            _blend(rows[i], rows[j], weights[i], outs[i])
+        _blend(rows[last], saved, weights[last], outs[last])
+    return out
+
+
+def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x with the pixels inside each row's half-open box (N, S, 2) taken from the partner; `out` may be `x` itself.
+
+    Bits are copied: exact in every dtype, and what lies under a box does not leak through, be it NaN.
+    """
+    if _is_traced(x) or not x.is_cpu:
+        return _paste_mask(x, partner, box, out)
+    partners = partner.tolist()
+    places = _places(box)
+    rows = _as_array(x)
+    if out is not x:
+        out = x.clone() if out is None else out.copy_(x)
+        for own, j, place in zip(_as_array(out), partners, places, strict=True):
+            own[place] = rows[j][place]
+        return out
+    cycles = _cycles(partners)
+    if cycles is None:
+        return _paste_mask(x, partner, box, out)
+    for cycle in cycles:
+        first, last = cycle[0], cycle[-1]
+        saved = rows[first][places[last]].copy()
+        for i, j in pairwise(cycle):
+            rows[i][places[i]] = rows[j][places[i]]
+        rows[last][places[last]] = saved
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # NumPy wrote behind autograd's back
+    return x
+
+
+def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    if own.dtype in _FULL:
+        return torch.lerp(other, own, weight if weight.dtype == own.dtype else weight.to(own.dtype), out=out)
+    mixed = torch.lerp(other.to(torch.float32), own.to(torch.float32), weight.to(torch.float32))
+    if not own.is_floating_point():
+        mixed = mixed.round_()
+    if own.dtype == torch.uint8:
+        mixed = mixed.to(torch.int32)  # float32 -> int32 -> uint8 is vectorised on a CPU, float32 -> uint8 is not
+    return _written(mixed.to(own.dtype) if out is None else mixed, out)
+
+
+def _paste_mask(x: Tensor, partner: Tensor, box: Tensor, out: Tensor | None) -> Tensor:
+    return _written(torch.where(box_mask(box, tuple(x.shape[2:])) > 0, x, _gather(x, partner)), out)
+
+
+def _written(mixed: Tensor, out: Tensor | None) -> Tensor:
+    return mixed if out is None else out.copy_(mixed)
+
+
+def _gather(x: Tensor, partner: Tensor) -> Tensor:
+    """x[partner] in the memory format of `x`, which `index_select` alone would not keep."""
+    if not _is_traced(x):
+        return torch.index_select(x, 0, partner, out=torch.empty_like(x))
+    return x.index_select(0, partner) if x.is_contiguous() else x[partner]
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Something watches the operations: the compiler, autograd, or a tensor subclass."""
+    if torch.compiler.is_compiling():
+        return True
+    grad = torch.is_grad_enabled()
+    return any(type(t) is not Tensor or (grad and t.requires_grad) for t in tensors)
+
+
+def _has_large_rows(x: Tensor) -> bool:
+    return x.is_cpu and x.nbytes >= _LARGE_ROW_BYTES * x.shape[0]
+
+
+def _cycles(partner: list[int]) -> list[list[int]] | None:
+    """The cycles of a permutation: each row's partner follows it, the last one's is the first. None if rows repeat."""
+    cycles = []
+    seen = [False] * len(partner)
+    for first in range(len(partner)):
+        cycle, i = [], first
+        while not seen[i]:
+            seen[i] = True
+            cycle.append(i)
+            i = partner[i]
+        if cycle and i != first:
+            return None
+        if cycle:
+            cycles.append(cycle)
+    return cycles
+
+
+def _places(box: Tensor) -> list[tuple[slice, ...]]:
+    """Each row's box (S, 2) as an index into its (C, *spatial) pixels."""
+    slices = [map(slice, *ends.tolist()) for ends in box.permute(1, 2, 0).unbind(0)]
+    return list(zip(repeat(slice(None)), *slices))
+
+
+def _as_array(x: Tensor) -> np.ndarray:
+    return x.detach().view(_BITS[x.itemsize]).numpy()

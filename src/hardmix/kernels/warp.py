@@ -1,0 +1,108 @@
+"""Resampling whole images: a partner shrunk into a box, an affine map for each sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardmix._math import wide
+from hardmix.kernels import blend
+
+#: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
+#: computed.
+_LARGE_ROW = 1 << 14
+
+
+def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
+    """Each row's partner, shown whole inside the row's box by (bi-, tri-)linear interpolation.
+
+    Args:
+        x: (N, C, *spatial) with 1 to 3 spatial axes.
+        partner: (N,) rows.
+        box: (N, S, 2) half-open [start, stop), whole or fractional pixels; not empty.
+
+    Returns:
+        Like `x`. What stands outside the boxes is finite where `x` is, and means nothing. Corners are not aligned: the
+        outer edges of the partner's border pixels fall on the edges of the box, as in `F.interpolate`.
+    """
+    if _row_by_row(x, box):
+        return _fill_windows(torch.zeros_like(x), x, partner, box)
+    out = _resample(x.index_select(0, partner), _positions(x, box))
+    return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)  # keeps the memory format
+
+
+def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x with each row's partner shown whole inside the row's box of whole pixels."""
+    if _row_by_row(x, box):
+        return _fill_windows(torch.empty_like(x) if out is None else out, x, partner, box, around=x)
+    return blend.blend_rows(x, resize_into_boxes(x, partner, box), blend.box_mask(box, tuple(x.shape[2:])), out=out)
+
+
+def nearest_into_boxes(y: Tensor, partner: Tensor, box: Tensor) -> Tensor:
+    """`resize_into_boxes` for class ids (N, *spatial) and whole pixels: the nearest entry, so no new id appears."""
+    index: list[Tensor] = [partner.view(-1, *[1] * (y.ndim - 1))]
+    for axis, length in enumerate(y.shape[1:]):
+        start, stop = box[:, axis, :1], box[:, axis, 1:]
+        at = 2 * (torch.arange(length, device=box.device) - start) + 1
+        near = (at * length // (2 * (stop - start))).clamp(0, length - 1)  # (N, length)
+        index.append(near.view(-1, *[length if other == axis else 1 for other in range(y.ndim - 1)]))
+    return y[tuple(index)]
+
+
+def affine(x: Tensor, matrix: Tensor) -> Tensor:
+    """Images (N, C, H, W) read at matrix @ (column, row, 1), bilinearly, black outside.
+
+    matrix (N, 2, 3) maps coordinates from -1 to 1 along each axis (the outer edges of the border pixels) of the output
+    to those of the input.
+    """
+    rows, columns = (_centres(0, length, length, x) for length in x.shape[2:])
+    m = matrix[:, None, None].to(columns.dtype)
+    # Only the last sum has the size of the image.
+    grid = (m[..., 0] * columns[:, None] + m[..., 2]) + m[..., 1] * rows[:, None, None]  # (N, H, W, 2)
+    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+
+
+def _row_by_row(x: Tensor, box: Tensor) -> bool:
+    eager = not torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
+    return eager and not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
+
+
+def _fill_windows(out: Tensor, x: Tensor, partner: Tensor, box: Tensor, around: Tensor | None = None) -> Tensor:
+    positions = _positions(x, box)
+    # Sampling a row straight from memory jumps about in it and takes several times longer than streaming it in first.
+    near = torch.empty_like(x[:1])
+    for row, (other, edges) in enumerate(zip(partner.tolist(), box.tolist(), strict=True)):
+        if around is not None:
+            out[row].copy_(around[row])  # here, where the row stays in the cache for what follows
+        window = [slice(start, stop) for start, stop in edges]
+        at = [along[row : row + 1, part] for along, part in zip(positions, window, strict=True)]
+        inside: tuple[int | slice, ...] = (row, slice(None), *window)
+        out[inside] = _resample(near.copy_(x[other : other + 1]), at)[0]
+    return out
+
+
+def _positions(x: Tensor, box: Tensor) -> list[Tensor]:
+    """For each axis (N, length): where its pixels stand in each row's box, -1 at the start and 1 at the stop."""
+    return [_centres(box[:, axis, :1], box[:, axis, 1:], length, x) for axis, length in enumerate(x.shape[2:])]
+
+
+def _centres(start: Tensor | int, stop: Tensor | int, length: int, like: Tensor) -> Tensor:
+    """The centres of `length` pixels, with -1 at `start` and 1 at `stop`. (length,) or (N, length)"""
+    centre = torch.arange(length, device=like.device, dtype=wide(like.dtype)) + 0.5
+    return (centre - start) * (2.0 / (stop - start)) - 1.0
+
+
+def _resample(x: Tensor, positions: list[Tensor]) -> Tensor:
+    """x (N, C, *spatial) read at the product of the positions (N, length) of its axes, linearly, borders repeated."""
+    if x.ndim == 3:  # grid_sample starts at two axes
+        middle = torch.zeros_like(positions[0][:, :1])
+        return _resample(x[:, :, None], [middle, positions[0]])[:, :, 0]
+    count, lengths = len(positions), [at.shape[1] for at in positions]
+    axes = [
+        at.view(-1, *[lengths[axis] if other == axis else 1 for other in range(count)]).expand(-1, *lengths)
+        for axis, at in enumerate(positions)
+    ]
+    grid = torch.stack(axes[::-1], -1)  # grid_sample wants the last axis first
+    out = F.grid_sample(x.to(grid.dtype), grid, padding_mode="border", align_corners=False)
+    return out.to(x.dtype) if x.is_floating_point() else out.round_().to(x.dtype)

@@ -1,0 +1,30 @@
+"""Mixing policies: `x_mixed, target = policy(x, y)`."""
+
+from hardmix.mixing.augmix import AugMix
+from hardmix.mixing.choice import RandomChoice, Scheduled
+from hardmix.mixing.hidden import ManifoldMixup
+from hardmix.mixing.masks import FMix, GridMix, SmoothMix
+from hardmix.mixing.plan import MixPlan
+from hardmix.mixing.policy import Policy
+from hardmix.mixing.resize import ResizeMix
+from hardmix.mixing.saliency import SaliencyMix, spectral_residual
+from hardmix.mixing.static import CutMix, Mixup
+from hardmix.mixing.target import MixedTarget
+
+__all__ = [
+    "AugMix",
+    "CutMix",
+    "FMix",
+    "GridMix",
+    "ManifoldMixup",
+    "MixPlan",
+    "MixedTarget",
+    "Mixup",
+    "Policy",
+    "RandomChoice",
+    "ResizeMix",
+    "SaliencyMix",
+    "Scheduled",
+    "SmoothMix",
+    "spectral_residual",
+]

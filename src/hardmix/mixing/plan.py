@@ -1,0 +1,288 @@
+"""MixPlan: one draw of who is mixed with whom, how much, and where."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardmix import _check
+from hardmix.kernels import blend as kernel
+from hardmix.kernels import warp
+from hardmix.mixing.target import MixedTarget
+
+
+class MixPlan:
+    """One draw: row i of the mixed batch is `lam[i]` of row i and `1 - lam[i]` of row `partner[i]`.
+
+        out_i = m_i * own_i + (1 - m_i) * x_{partner_i},   m_i = mask_i where there is a mask, else lam_i
+
+    A plan is a value: it draws nothing, so the same plan mixes images, dense masks, second views and hidden states
+    alike.
+
+    Attributes:
+        partner: (N,) long, the row that each row is mixed with.
+        lam: (N,) float32, the share of the **own** sample. With a mask it is the mask's mean, so labels and pixels
+            agree.
+        mask: (N, 1, *spatial) float32 share of the own pixel, or None. A plan made of boxes holds the boxes and forms
+            the mask when it is asked for.
+        box: (N, S, 2) long half-open [start, stop) along each of the S spatial axes: the pixels that show the partner.
+        fit: (N, S, 2) long boxes that the partner is shown whole in, resized (ResizeMix), or None. It is resized when a
+            batch is blended, so second views, dense masks and hidden maps follow.
+        own, other: changed images of the rows and of their partners (already in row order), where a policy changes
+            pixels before it blends; None where the batch itself is blended. They belong to the batch that the plan was
+            drawn for (AugMix). With `fit`, `other` holds that batch's resized partners.
+    """
+
+    __slots__ = ("_mask", "_other", "box", "fit", "lam", "own", "partner", "shift", "size", "source")
+
+    def __init__(
+        self,
+        partner: Tensor,
+        lam: Tensor,
+        mask: Tensor | None = None,
+        *,
+        box: Tensor | None = None,
+        size: tuple[int, ...] | None = None,
+        own: Tensor | None = None,
+        other: Tensor | None = None,
+        shift: int | None = None,
+        fit: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> None:
+        """`size` is the spatial size that `box` and `fit` refer to, `source` the batch that the plan was drawn for.
+        `shift` says that partner[i] = (i + shift) mod N, which lets a CPU blend two contiguous blocks instead of
+        gathering rows; it must agree with `partner`."""
+        self.partner = partner
+        self.lam = lam
+        self._mask = mask
+        self.box = box
+        self.size = size
+        self.own = own
+        self._other = other
+        self.shift = shift
+        self.fit = fit
+        self.source = source
+
+    @classmethod
+    def identity(cls, rows: int, device: torch.device | str = "cpu") -> MixPlan:
+        """The plan that mixes nothing: each row is its own partner and lam = 1."""
+        return cls(torch.arange(rows, device=device), torch.ones(rows, device=device), shift=0)
+
+    @property
+    def other(self) -> Tensor | None:
+        if self._other is None and self.fit is not None and self.source is not None:
+            return warp.resize_into_boxes(self.source, self.partner, self.fit)
+        return self._other
+
+    @property
+    def mask(self) -> Tensor | None:
+        if self._mask is None and self.box is not None:
+            assert self.size is not None
+            return kernel.box_mask(self.box, self.size)
+        return self._mask
+
+    def __len__(self) -> int:
+        return self.partner.shape[0]
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} rows", f"lam from {float(self.lam.min()):.3f} to {float(self.lam.max()):.3f}"]
+        mask = self.mask
+        if mask is not None:
+            parts.append(f"mask {tuple(mask.shape)}")
+        return f"MixPlan({', '.join(parts)})"
+
+    def to(self, device: torch.device | str) -> MixPlan:
+        """The same plan on another device. Plans are drawn on the CPU and moved once."""
+        if self.lam.device == torch.device(device):
+            return self
+        # A copy to an accelerator need not wait for the work queued there; a copy back has to.
+        non_blocking = torch.device(device).type != "cpu"
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=non_blocking)
+
+        box = move(self.box)
+        return MixPlan(
+            self.partner.to(device, non_blocking=non_blocking),
+            self.lam.to(device, non_blocking=non_blocking),
+            move(self._mask),
+            box=box,
+            size=self.size,
+            own=move(self.own),
+            other=move(self._other),
+            shift=self.shift,
+            fit=box if self.fit is self.box else move(self.fit),
+            source=move(self.source),
+        )
+
+    def blend(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Mix a batch: images, volumes, series, features, second views or hidden states. `x` is never written.
+
+        Floating-point inputs keep their dtype (half types are blended in float32 and rounded once), uint8 is rounded to
+        the nearest integer, and the memory format is kept. Where `x` has another spatial size than the mask (a hidden
+        map), the mask is averaged onto it. Where `x` has no spatial axes (features), rows are blended by `lam`.
+
+        Args:
+            x: (N, ...) batch.
+            out: optional tensor like `x` to write into; a fresh batch costs several times the arithmetic on a CPU.
+                It must not overlap `x`; use `blend_` for that.
+
+        Raises:
+            ValueError: another number of rows than the plan, another device, a rank that the mask can't be put on,
+                another shape than the changed images that the plan carries, or an `out` that is not like `x` or shares
+                its memory.
+        """
+        self._check_rows("MixPlan.blend", x)
+        if out is not None:
+            _check_out("MixPlan.blend", x, out)
+        return self._blend(x, out)
+
+    def blend_(self, x: Tensor) -> Tensor:
+        """`blend`, written into `x` itself for a caller who no longer needs the clean batch. Returns `x`."""
+        self._check_rows("MixPlan.blend_", x)
+        _check_memory("MixPlan.blend_", "x", x)
+        return self._blend(x, x)
+
+    def _blend(self, x: Tensor, out: Tensor | None) -> Tensor:
+        own, other = self.own, self._other
+        if self.fit is not None and self.fit is self.box and own is None and tuple(x.shape[2:]) == self.size:
+            return warp.paste_resized(x, self.partner, self.fit, out=out)
+        weight, box = self._where(x)
+        if self.fit is not None and x.ndim > 2:
+            other = warp.resize_into_boxes(x, self.partner, self._scaled(self.fit, x))
+        # A compiled region would be compiled anew for each shift; there the gather is fused with the blend anyway.
+        shift = None if torch.compiler.is_compiling() else self.shift
+        if own is None and other is None:
+            if shift == 0:
+                return x.clone() if out is None else out.copy_(x)
+            if box is not None:
+                return kernel.paste_boxes(x, self.partner, box, out=out)
+            return kernel.blend_partner(x, self.partner, weight, shift=shift, out=out)
+        for name, changed in (("own", own), ("other", other)):
+            if changed is not None and changed.shape != x.shape:
+                raise ValueError(
+                    f"MixPlan.blend: x has shape {tuple(x.shape)} but the plan's {name} images have "
+                    f"{tuple(changed.shape)}; draw a plan for this batch."
+                )
+        if other is None:
+            other = x if shift == 0 else x.index_select(0, self.partner)
+        return kernel.blend_rows(x if own is None else own, other, weight, out=out)
+
+    def target(self, y: Tensor, *, kind: str = "auto") -> MixedTarget:
+        """The labels of the mixed batch.
+
+        Args:
+            y: (N,) class ids or floats; (N, C) one-hot, multi-hot, soft or multi-output rows; (N, *spatial) integer
+                masks.
+            kind: "auto", or "rows" / "mask" where an (N, L) tensor could be read both ways (integer labels of series).
+                "auto" reads integer tensors with three or more axes as masks, and 2-D ones as rows.
+
+        Returns:
+            MixedTarget with K = 2: own label first with weight `lam`, the partner's second. A dense mask is mixed with
+            the plan's own mask, pixel by pixel, at the mask's resolution.
+        """
+        who = "MixPlan.target"
+        y = _check.tensor(who, "y", y)
+        _check.same_length(who, "y", y, "the plan", len(self))
+        _check.same_device(who, "y", y, "the plan", self.lam.device)
+        _check.choice(who, "kind", kind, ("auto", "rows", "mask"))
+        is_mask = kind == "mask" or (kind == "auto" and y.ndim >= 3 and not y.is_floating_point())
+        if y.ndim > 2 and not is_mask:
+            raise ValueError(
+                f"{who}: y has shape {tuple(y.shape)} and dtype {y.dtype}; "
+                "pass (N,) or (N, C) labels, or integer masks."
+            )
+        if not is_mask:
+            other = y.index_select(0, self.partner)
+            return MixedTarget(torch.stack([y, other], 1), torch.stack([self.lam, 1.0 - self.lam], 1))
+        if y.is_floating_point():
+            raise TypeError(f"{who}: y is a mask of dtype {y.dtype}; pass integer class ids per pixel.")
+        if self.own is not None or self._other is not None:
+            raise ValueError(
+                f"{who}: y is a dense mask but the plan changes pixels before it mixes, and masks can't follow; "
+                "pass one label per sample, or take another policy."
+            )
+        share = self.mask
+        if share is None:
+            share = self.lam.view(-1, *[1] * (y.ndim - 1))
+        else:
+            share = share[:, 0]
+            if share.shape[1:] != y.shape[1:]:
+                raise ValueError(
+                    f"{who}: y has spatial size {tuple(y.shape[1:])} but the plan's mask has {tuple(share.shape[1:])}; "
+                    "pass masks at the resolution of the images."
+                )
+        share = share.expand(len(self), *share.shape[1:])
+        other = y[self.partner] if self.fit is None else warp.nearest_into_boxes(y, self.partner, self.fit)
+        return MixedTarget(torch.stack([y, other], 1), torch.stack([share, 1.0 - share], 1))
+
+    def _check_rows(self, who: str, x: Tensor) -> None:
+        x = _check.batch(who, "x", x, 1, 6)
+        _check.same_length(who, "x", x, "the plan", len(self))
+        _check.same_device(who, "x", x, "the plan", self.lam.device)
+
+    def _scaled(self, box: Tensor, x: Tensor) -> Tensor:
+        """Boxes in the pixels of `x`, which is a hidden map where its size is not the plan's."""
+        assert self.size is not None
+        if tuple(x.shape[2:]) == self.size:
+            return box
+        return torch.stack([box[:, axis] * (x.shape[2 + axis] / side) for axis, side in enumerate(self.size)], 1)
+
+    def _where(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight to blend `x` with, broadcastable to it, and the boxes where they can be pasted as they are."""
+        flat = self.lam.view(-1, *[1] * (x.ndim - 1))
+        size = self.size if self.box is not None else None if self._mask is None else tuple(self._mask.shape[2:])
+        if size is None or x.ndim <= 2:
+            return flat, None
+        if x.ndim - 2 != len(size):
+            raise ValueError(
+                f"MixPlan.blend: x has shape {tuple(x.shape)} but the plan's mask has {len(size)} spatial axes; "
+                f"pass (N, C, {', '.join('L' if len(size) == 1 else 'DHW'[-len(size) :])}), or (N, D) features."
+            )
+        if tuple(x.shape[2:]) == size:
+            if self.box is not None and self.fit is None and self.own is None and self._other is None:
+                return flat, self.box
+            mask = self.mask
+            assert mask is not None
+            return mask, None
+        mask = self.mask
+        assert mask is not None
+        return F.interpolate(mask, size=tuple(x.shape[2:]), mode="area"), None
+
+
+def _check_out(who: str, x: Tensor, out: object) -> None:
+    out = _check.tensor(who, "out", out)
+    if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"{who}: out has shape {tuple(out.shape)}, dtype {out.dtype} and device {out.device}, but x has "
+            f"{tuple(x.shape)}, {x.dtype} and {x.device}; pass torch.empty_like(x)."
+        )
+    _check_memory(who, "out", out)
+    if torch.compiler.is_compiling() or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return
+    ends = [
+        t.data_ptr() + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for t in (x, out)
+    ]
+    if out.data_ptr() < ends[0] and x.data_ptr() < ends[1]:
+        raise ValueError(f"{who}: out shares memory with x; pass another tensor, or call blend_ to write into x.")
+
+
+def _check_memory(who: str, name: str, value: Tensor) -> None:
+    """An expanded tensor has one place for many elements: what is written to it is lost."""
+    if any(step == 0 and length > 1 for length, step in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(
+            f"{who}: {name} has strides {value.stride()} and repeats its memory; pass {name}.contiguous()."
+        )
+
+
+def full_box_share(box: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Own share of a plan made of boxes: 1 - area / pixels, as the float32 quotient that the mask's mean gives. (N,)"""
+    start, stop = box.unbind(2)
+    area = reduce(torch.mul, (stop - start).unbind(1))
+    pixels = math.prod(size)
+    return (pixels - area) / pixels

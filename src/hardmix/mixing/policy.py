@@ -1,0 +1,106 @@
+"""What every mixing policy shares: its settings for pairing and lambda, and plan -> blend -> target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+
+from hardmix import _check
+from hardmix.mixing.draw import PAIRINGS, PER, Pairing, cpu_generator, draw_lam, draw_partner, given_partner
+from hardmix.mixing.plan import MixPlan
+from hardmix.mixing.target import MixedTarget
+
+
+class Policy(nn.Module):
+    """A mixing policy: `plan` draws, `forward` plans, blends the batch and makes the target.
+
+    Args:
+        alpha: parameter of Beta(alpha, alpha) for lambda, the share of the own sample.
+        per: how often lambda (and the box, the mask) is drawn: "batch", "pair" (rows i and partner[i] share it; needs a
+            pairing that is its own inverse) or "sample".
+        pairing: "shift" (default), "permutation", "reversal" or "matching"; see `hardmix.mixing.draw.draw_partner`.
+            None means "shift", or "matching" with per="pair".
+    """
+
+    #: smallest and largest number of axes of the batch, samples and channels included
+    min_ndim, max_ndim = 3, 5
+
+    def __init__(self, *, alpha: float = 1.0, per: str = "sample", pairing: str | None = None) -> None:
+        super().__init__()
+        who = type(self).__name__
+        self.alpha = _check.positive(who, "alpha", alpha)
+        self.per = _check.choice(who, "per", per, PER)
+        if pairing is None:
+            pairing = "matching" if per == "pair" else "shift"
+        self.pairing = _check.choice(who, "pairing", pairing, PAIRINGS)
+        if per == "pair" and pairing not in ("reversal", "matching"):
+            raise ValueError(
+                f'{who}: per="pair" with pairing={pairing!r} has no pairs; pass pairing="matching" or "reversal".'
+            )
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}, per={self.per!r}, pairing={self.pairing!r}"
+
+    def plan(
+        self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None, partner: Tensor | None = None
+    ) -> MixPlan:
+        """Draw one plan for the batch `x`.
+
+        Args:
+            x: (N, ...) batch; only its shape and device are read unless the policy looks at pixels.
+            y: labels, for policies that look at them.
+            generator: CPU generator; None takes torch's global one.
+            partner: (N,) row numbers to mix with instead of a drawn pairing.
+        """
+        who = type(self).__name__
+        x = _check.batch(who, "x", x, self.min_ndim, self.max_ndim)
+        cpu_generator(who, generator)
+        n = x.shape[0]
+        if partner is None:
+            return self.draw(x, y, draw_partner(n, self.pairing, generator), generator)
+        pairing = given_partner(who, partner, n)
+        if self.per == "pair" and not torch.compiler.is_compiling():
+            back = pairing.partner[pairing.partner]
+            if not torch.equal(back, torch.arange(n)):
+                raise ValueError(
+                    f'{who}: partner has no pairs but per is "pair"; pass rows with partner[partner[i]] == i, '
+                    'or use per="sample".'
+                )
+        return self.draw(x, y, pairing, generator)
+
+    def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
+        """The policy itself: from a checked batch and its partners to a plan on the batch's device."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> tuple[Tensor, MixedTarget]:
+        """(x_mixed, target) for the batch `x` (N, ...) and its labels `y` (see `MixPlan.target` for their kinds)."""
+        plan, target = self._plan_and_target(x, y, generator)
+        return plan.blend(x), target
+
+    def set_progress(self, fraction: float) -> None:
+        """Tell the policy how much of the training is done, from 0 to 1. Only a schedule listens (see `Scheduled`)."""
+
+    def _plan_and_target(self, x: Tensor, y: Tensor, generator: Generator | None) -> tuple[MixPlan, MixedTarget]:
+        who = type(self).__name__
+        x = _check.batch(who, "x", x, self.min_ndim, self.max_ndim)
+        y = _check.tensor(who, "y", y)
+        _check.same_length(who, "y", y, "x", x.shape[0])
+        _check.same_device(who, "y", y, "x", x.device)
+        plan = self.plan(x, y, generator=generator)
+        return plan, plan.target(y)
+
+    def _lam(self, pairing: Pairing, generator: Generator | None) -> Tensor:
+        return draw_lam(self.alpha, pairing, self.per, generator)
+
+    def _count(self, rows: int) -> int:
+        """How many draws a batch needs: one per batch, else one per row (pairs then take their lower row's)."""
+        return 1 if self.per == "batch" else rows
+
+    def _rows(self, pairing: Pairing, values: Tensor) -> Tensor:
+        """Share draws (N or 1, ...) as `per` says: all take row 0's, or each pair its lower row's. (N, ...)"""
+        rows = pairing.partner.shape[0]
+        if self.per == "batch":
+            return values[:1].expand(rows, *values.shape[1:])
+        if self.per == "pair":
+            return values[torch.minimum(torch.arange(rows), pairing.partner)]
+        return values

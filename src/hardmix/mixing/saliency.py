@@ -1,0 +1,109 @@
+"""SaliencyMix, and the spectral residual that it finds salient pixels with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from hardmix import _check
+from hardmix._math import wide
+from hardmix.mixing.draw import Pairing
+from hardmix.mixing.plan import MixPlan, full_box_share
+from hardmix.mixing.policy import Policy
+from hardmix.mixing.static import cut_box, cut_side, whole_pixels
+
+#: The spectral residual looks at an image at about this many pixels a side; details finer than that are not salient.
+_SIDE = 64
+
+
+class SaliencyMix(Policy):
+    """SaliencyMix: paste a box around the partner's most salient pixel.
+
+        box as in CutMix, its centre at the maximum of the partner's saliency map;  lam = 1 - area / (H W)
+
+    Args:
+        saliency: a function (N, C, *spatial) -> (N, *spatial) map, possibly coarser; None takes `spectral_residual`.
+            Equal maxima: the first. With per="batch" or "pair" rows share lambda, never the place.
+        alpha, per, pairing: see `Policy`.
+    Shapes: (N, C, L), (N, C, H, W) or (N, C, D, H, W). No gradient flows through the saliency.
+    Reference: Uddin et al. 2021, eq. 1-4 (arXiv:2006.01791). The authors use OpenCV's fine-grained saliency of one
+    image of the batch for everybody's box; here every partner has its own map.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        saliency: Callable[[Tensor], Tensor] | None = None,
+        per: str = "sample",
+        pairing: str | None = None,
+    ) -> None:
+        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        if saliency is not None and not callable(saliency):
+            raise TypeError(
+                f"SaliencyMix: saliency is a {type(saliency).__name__}; pass a function of the batch, or None."
+            )
+        self.saliency = saliency
+
+    def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
+        size = tuple(x.shape[2:])
+        lam = self._lam(pairing, generator)
+        plan = MixPlan(pairing.partner, lam, size=size, shift=pairing.shift).to(x.device)
+        with torch.no_grad():
+            saliency = spectral_residual(x) if self.saliency is None else self.saliency(x)
+        if not isinstance(saliency, Tensor) or saliency.ndim != x.ndim - 1 or saliency.shape[0] != x.shape[0]:
+            got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
+            raise ValueError(
+                f"SaliencyMix: saliency returned {got} for a batch of shape {tuple(x.shape)}; "
+                "return one map (N, *spatial) per sample."
+            )
+        at = saliency.detach().flatten(1).argmax(1)  # (N,)
+        places = []
+        for length in reversed(saliency.shape[1:]):
+            places.append((at % length + 0.5) / length)
+            at = at // length
+        centre = torch.stack(places[::-1], 1)[plan.partner]  # (N, S) in (0, 1)
+        plan.box = cut_box(cut_side(plan.lam, len(size)), whole_pixels(centre, size), size)
+        plan.lam = full_box_share(plan.box, size)
+        return plan
+
+
+def spectral_residual(x: Tensor) -> Tensor:
+    """Saliency (N, *spatial) of series, images or volumes: what the log spectrum holds beyond its local average.
+
+        L = log |F|,   S = blur | F^-1 exp(L - box_3(L) + i arg F) |^2,   F the Fourier transform of the mean channel
+
+    The image is averaged onto at most 64 cells a side first, and the map has that size. float32, or float64 for
+    float64. An image of one value has no salient place: its map is flat up to rounding. Reference: Hou and Zhang 2007,
+    CVPR.
+    """
+    x = _check.batch("spectral_residual", "x", x, 3, 5)
+    grey = x.mean(1, keepdim=True, dtype=wide(x.dtype))
+    size = tuple(min(_SIDE, length) for length in x.shape[2:])
+    if size != tuple(x.shape[2:]):
+        grey = F.interpolate(grey, size=size, mode="area")
+    dims = tuple(range(2, x.ndim))
+    spectrum = torch.fft.fftn(grey, dim=dims)
+    height = spectrum.abs()
+    # The floor keeps frequencies that are only rounding noise from being lifted to the level of the rest.
+    floor = 1e-5 * height.amax(dims, keepdim=True) + torch.finfo(height.dtype).tiny
+    log_height = (height + floor).log()
+    average = log_height
+    for dim in dims:
+        average = (average.roll(1, dim) + average + average.roll(-1, dim)) / 3.0
+    residual = spectrum / (height + floor) * (log_height - average).exp()
+    energy = torch.fft.ifftn(residual, dim=dims).abs().square()
+    for dim in dims:
+        energy = _blur(energy, dim)
+    return energy[:, 0]
+
+
+def _blur(x: Tensor, dim: int, sigma: float = 2.5) -> Tensor:
+    """Gaussian along one axis; at the border the weights of what is left sum to one."""
+    at = torch.arange(x.shape[dim], device=x.device, dtype=x.dtype)
+    weight = torch.exp(-0.5 * ((at - at[:, None]) / sigma) ** 2)
+    weight = weight / weight.sum(0)
+    return torch.tensordot(x, weight, dims=([dim], [0])).movedim(-1, dim)
