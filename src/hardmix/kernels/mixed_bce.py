@@ -1,0 +1,78 @@
+"""Binary cross entropy of mixed labels, summed over the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardmix._math import wide
+
+
+def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Unreduced loss of every row (N, *spatial), in float32 or wider.
+
+        l = sum_c weight_c [t_c softplus(-z_c) + (1 - t_c) softplus(z_c)]
+
+    Args:
+        logits: (N, C, *spatial), any float dtype.
+        target: t in [0, 1], in float32 or wider: (N, K, *spatial) for the classes in `labels`, the others being 0; or
+            (N, C, *spatial).
+        labels: (N, K, *spatial) class ids in range, or None. Duplicates must have one and the same target.
+        weight: (C,) factor of each class.
+    """
+    if weight is not None:
+        weight = weight.to(target.dtype).view(1, -1, *[1] * (logits.ndim - 2))
+    learnt = target.requires_grad or (weight is not None and weight.requires_grad)
+    if torch.compiler.is_compiling() or (learnt and torch.is_grad_enabled()):
+        return _formula(logits, target, labels, weight)
+    return _MixedBCE.apply(logits, target, labels, weight)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # The default threshold of 20 drops 2e-9, which float64 can tell; 40 drops nothing.
+    return F.softplus(x, threshold=40)
+
+
+def _formula(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
+    """The same loss from differentiable operations, for the compiler, learnt targets and second derivatives."""
+    z = logits.to(wide(logits.dtype))
+    if labels is not None:
+        target = torch.zeros_like(z).scatter(1, labels, target)
+    terms = _softplus(z) - target * z
+    return (terms if weight is None else terms * weight).sum(1)
+
+
+class _MixedBCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
+        z = logits.to(wide(logits.dtype))
+        ctx.save_for_backward(logits, target, labels, weight)
+        terms = _softplus(z)
+        if labels is None:
+            terms.addcmul_(target, z, value=-1.0)
+        else:
+            # Not softplus(z) - t z, which loses its digits where a wanted class is predicted with confidence.
+            own = z.gather(1, labels)
+            terms.scatter_(1, labels, target * _softplus(-own) + (1.0 - target) * _softplus(own))
+        return (terms if weight is None else terms.mul_(weight)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, labels, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
+            loss = _formula(logits, target, labels, weight)
+            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+            return grad, None, None, None
+        grad = logits.to(target.dtype).sigmoid()
+        if labels is None:
+            grad.sub_(target)
+        else:
+            own = logits.gather(1, labels).to(grad.dtype)
+            grad.scatter_(1, labels, (1.0 - target) * own.sigmoid() - target * (-own).sigmoid())
+        grad.mul_(grad_loss[:, None])
+        if weight is not None:
+            grad.mul_(weight)
+        return grad.to(logits.dtype), None, None, None
