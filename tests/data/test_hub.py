@@ -1,0 +1,137 @@
+"""Arrow files: parquet, and folders as `datasets` saves them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hardmix.data.hub import find_tables, read_table_set
+
+SHAPE = (3, 4, 4)
+NAMES = ("a", "b", "c")
+
+
+def encoded(seed: int, size: int = 4, mode: str = "RGB") -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows(start: int, count: int) -> dict[str, list[Any]]:
+    images = [{"bytes": encoded(start + i), "path": f"{i}.png"} for i in range(count)]
+    return {"img": images, "label": [(start + i) % 3 for i in range(count)]}
+
+
+def write(folder: Path, split: str, columns: list[dict[str, Any]], form: str, names: Any = NAMES) -> None:
+    """One file for each of `columns`."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    for number, values in enumerate(columns):
+        table = pa.table(values)
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        stem = f"{number:05d}-of-{len(columns):05d}"
+        if form == "parquet":
+            folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, folder / f"{split}-{stem}.parquet")
+        else:
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            path = str(folder / split / f"data-{stem}.arrow")
+            with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("sub", ["", "data", "plain_text"])
+def test_a_set_is_found_and_read_in_order(tmp_path: Path, form: str, sub: str) -> None:
+    write(tmp_path / sub, "train", [rows(0, 5), rows(5, 3)], form)
+    write(tmp_path / sub, "test", [rows(50, 4)], form)
+    folder = find_tables(tmp_path)
+    assert folder == tmp_path / sub
+    train, train_labels, test, test_labels = read_table_set(folder, SHAPE, NAMES)
+    expected = [np.asarray(Image.open(io.BytesIO(encoded(i)))).transpose(2, 0, 1) for i in range(8)]
+    assert np.array_equal(train.numpy(), np.stack(expected))
+    assert train_labels.tolist() == [i % 3 for i in range(8)]
+    assert test.shape == (4, *SHAPE)
+    assert test_labels.tolist() == [(50 + i) % 3 for i in range(4)]
+    assert train_labels.dtype == torch.long
+
+
+def test_both_splits_have_to_be_there(tmp_path: Path) -> None:
+    write(tmp_path, "train", [rows(0, 2)], "parquet")
+    assert find_tables(tmp_path) is None
+
+
+def test_other_label_columns(tmp_path: Path) -> None:
+    values = rows(0, 3)
+    values["fine_label"] = values.pop("label")
+    for split in ("train", "test"):
+        write(tmp_path, split, [values], "parquet", names=None)
+    assert read_table_set(tmp_path, SHAPE, NAMES)[1].tolist() == [0, 1, 2]
+
+
+def without_bytes() -> dict[str, Any]:
+    values = rows(0, 3)
+    values["img"][1] = {"bytes": None, "path": "/etc/passwd"}
+    return values
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no labels": ({"img": rows(0, 3)["img"], "x": [1, 2, 3]}, "has the columns 'img', 'x'; it needs"),
+    "no images": ({"x": ["a", "b"], "label": [0, 1]}, "has the columns 'x', 'label'; it needs"),
+    "a path for an image": (without_bytes(), "has no image bytes at row 1; save the data set with its images"),
+    "a null image": ({**rows(0, 3), "img": [*rows(0, 2)["img"], None]}, "has no image bytes at row 2"),
+    "label 3": ({**rows(0, 3), "label": [0, 3, 1]}, "has the label 3 at row 1; pass a set with labels from 0 to 2"),
+    "label null": ({**rows(0, 3), "label": [0, None, 1]}, "has the label None at row 1"),
+    "label text": ({**rows(0, 3), "label": ["a", "b", "c"]}, "has the label 'a' at row 0"),
+    "label float": ({**rows(0, 3), "label": [0.0, 1.0, 2.0]}, "has the label 0.0 at row 0"),
+    "another size": ({"img": [{"bytes": encoded(1, 5)}], "label": [0]}, r"has an image of \(3, 5, 5\) at row 0"),
+    "not an image": ({"img": [{"bytes": b"junk"}], "label": [0]}, "row 0 of '.*train' is not an image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_tables_are_named(tmp_path: Path, kind: str) -> None:
+    values, message = BAD[kind]
+    write(tmp_path, "train", [values], "parquet")
+    write(tmp_path, "test", [rows(0, 3)], "parquet")
+    with pytest.raises(ValueError, match=rf"^read_table_set: .*{message}"):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_another_number_of_classes_is_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 3)], "arrow", names=("a", "b"))
+    with pytest.raises(ValueError, match=r"train' has 2 classes instead of 3"):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 junk PAR1", b"\xff" * 100])
+def test_damaged_files_are_named(tmp_path: Path, form: str, content: bytes) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 3)], form)
+    path = next(path for path in sorted(tmp_path.rglob("*train*/*" if form == "arrow" else "train*.parquet")))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"read_table_set: '.*{path.name}' is damaged .*; fetch it again"):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_without_pyarrow_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}-00000-of-00001.parquet").write_bytes(b"x")
+    folder = find_tables(tmp_path)
+    assert folder is not None
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"train-.*parquet' can only be read with pyarrow, .*; pip install pyarrow\."):
+        read_table_set(folder, SHAPE, NAMES)
