@@ -1,0 +1,32 @@
+"""What torchmetrics lacks: hard mixed samples, calibration, robustness, and statistics over seeds."""
+
+from hardmix.metrics.calibration import adaptive_calibration_error, calibration_metrics, fit_temperature
+from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
+from hardmix.metrics.corruptions import corrupt
+from hardmix.metrics.robustness import (
+    corruption_accuracy,
+    fgsm_accuracy,
+    mixed_accuracy_curve,
+    occlusion_accuracy,
+)
+from hardmix.metrics.statistics import Interval, PairedTest, holm, mean_interval, paired_test
+
+__all__ = [
+    "Interval",
+    "PairedTest",
+    "adaptive_calibration_error",
+    "calibration_metrics",
+    "classification_metrics",
+    "corrupt",
+    "corruption_accuracy",
+    "fgsm_accuracy",
+    "fit_temperature",
+    "holm",
+    "mean_interval",
+    "mixed_accuracy",
+    "mixed_accuracy_curve",
+    "mixed_metrics",
+    "occlusion_accuracy",
+    "paired_test",
+    "reliability",
+]
