@@ -1,0 +1,182 @@
+"""Train several recipes on the same seeds and say what differs, with intervals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import Empty
+from typing import Any, NamedTuple
+
+import torch
+
+from hardmix.metrics.statistics import holm, mean_interval, paired_test
+from hardmix.train.files import write_json
+from hardmix.train.loop import RunError, read_summary, run_recipe
+from hardmix.train.recipe import Recipe
+
+#: told about runs: (run number, what the loop reports; {"done": True} at the end)
+Watch = Callable[[int, dict[str, Any]], None]
+
+#: what the table shows first, and which way is better
+METRICS = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
+LOWER_IS_BETTER = ("nll", "ece")
+
+
+class Job(NamedTuple):
+    """One run of a comparison."""
+
+    recipe: Recipe
+    folder: Path
+
+
+def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
+    """Every recipe on every seed; seeds outermost, so that an interrupted comparison is still a fair one."""
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RunError(f"two recipes are called {', '.join(twice)}; give each a name of its own with name = ... .")
+    return [Job(r.with_seed(seed), out / r.name / f"seed-{seed}") for seed in seeds for r in recipes]
+
+
+def default_workers(jobs: int) -> int:
+    """Side-by-side runs with one thread each use small machines best; a GPU gets one run at a time."""
+    return 1 if torch.cuda.is_available() else max(1, min(jobs, os.cpu_count() or 1))
+
+
+def compare(
+    recipes: list[Recipe],
+    seeds: list[int],
+    out: Path,
+    *,
+    workers: int = 0,
+    command: str = "",
+    title: str = "",
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Train each recipe on each seed, write comparison.json, comparison.csv and report.html into `out`.
+
+    Runs that `out` holds already are kept, half-finished ones resumed, so the same call goes on after an interruption.
+
+    Args:
+        recipes: at least one; the first is what the others are tested against.
+        seeds: the same for every recipe: data subset, split, initial weights, order and augmentation agree per seed.
+        workers: runs side by side; 0 picks one per core on a CPU.
+    """
+    from hardmix.report.page import write_comparison_report
+    from hardmix.report.spreadsheet import write_csv
+
+    jobs = plan_jobs(recipes, seeds, out)
+    workers = workers or default_workers(len(jobs))
+    out.mkdir(parents=True, exist_ok=True)
+    watch = watch or _nobody
+    if workers == 1:
+        for number, job in enumerate(jobs):
+            run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
+            watch(number, {"done": True})
+    else:
+        _side_by_side(jobs, workers, watch)
+    result = summarise(recipes, seeds, jobs, out, command=command, title=title)
+    write_json(out / "comparison.json", result)
+    write_csv(out)
+    write_comparison_report(out)
+    return result
+
+
+def summarise(
+    recipes: list[Recipe], seeds: list[int], jobs: list[Job], out: Path, *, command: str, title: str
+) -> dict[str, Any]:
+    """comparison.json: runs, and per recipe mean, 95 % interval and the paired test against the first recipe."""
+    summaries = {(job.recipe.name, job.recipe.seed): read_summary(job.folder) for job in jobs}
+
+    def values(recipe: Recipe, metric: str) -> list[float]:
+        return [summaries[recipe.name, seed]["test"][metric] for seed in seeds]
+
+    first = recipes[0]
+    table = []
+    for recipe in recipes:
+        summary = summaries[recipe.name, seeds[0]]
+        row: dict[str, Any] = {key: summary[key] for key in ("policy", "objective")} | {"name": recipe.name}
+        row["metrics"] = {
+            m: mean_interval(values(recipe, m))._asdict() | {"values": values(recipe, m)} for m in METRICS
+        }
+        row["seconds_per_step"] = mean_interval(
+            [summaries[recipe.name, seed]["seconds"]["per_step"] for seed in seeds]
+        )._asdict()
+        row["versus_first"] = None
+        if recipe is not first and len(seeds) > 1:
+            row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in METRICS}
+        table.append(row)
+    # Several recipes are tested against one: Holm's correction keeps the chance of any false alarm at 5 %.
+    tested = [row["versus_first"] for row in table if row["versus_first"]]
+    for metric in METRICS:
+        for test, p in zip(tested, holm([test[metric]["p"] for test in tested]), strict=True):
+            test[metric]["p_holm"] = p
+    runs = [
+        {
+            "name": job.recipe.name,
+            "seed": job.recipe.seed,
+            "folder": job.folder.relative_to(out).as_posix(),
+            **{key: summaries[job.recipe.name, job.recipe.seed][key] for key in ("test", "seconds", "memory_mb")},
+        }
+        for job in jobs
+    ]
+    return {
+        "title": title or " / ".join(recipe.name for recipe in recipes),
+        "command": command,
+        "metrics": list(METRICS),
+        "lower_is_better": list(LOWER_IS_BETTER),
+        "seeds": seeds,
+        "runs": runs,
+        "table": table,
+        "versions": summaries[first.name, seeds[0]]["versions"],
+        "device": summaries[first.name, seeds[0]]["device"],
+    }
+
+
+def _nobody(number: int, event: dict[str, Any]) -> None:
+    """Nobody watches."""
+
+
+def _side_by_side(jobs: list[Job], workers: int, watch: Watch) -> None:
+    """Runs in processes of their own, each with its share of the threads; events come back over a queue."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with context.Manager() as manager:
+        events = manager.Queue()
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
+            waiting = {pool.submit(_work, number, job, events) for number, job in enumerate(jobs)}
+            try:
+                while waiting:
+                    _drain(events, watch)
+                    for future in [f for f in waiting if f.done()]:
+                        waiting.remove(future)
+                        future.result()
+                _drain(events, watch)
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                for process in pool._processes.values():
+                    os.kill(process.pid, signal.SIGTERM) if process.pid else None
+                raise
+
+
+def _drain(events: Any, watch: Watch) -> None:
+    try:
+        while True:
+            watch(*events.get(timeout=0.1))
+    except Empty:
+        return
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _work(number: int, job: Job, events: Any) -> None:
+    run_recipe(job.recipe, job.folder, resume=True, progress=lambda event: events.put((number, event)))
+    events.put((number, {"done": True}))

@@ -1,0 +1,61 @@
+"""Measure a trained run again from one of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hardmix.train.recipe import load_recipe
+from hardmix.train.state import load_checkpoint, match_shapes
+from hardmix.train.tasks import TASKS
+from hardmix.train.tasks.classification import Classification
+
+
+class LoadedRun(NamedTuple):
+    """A trained run: its task with a checkpoint's weights, the model in evaluation mode on its device, the step."""
+
+    task: Classification
+    model: nn.Module
+    device: torch.device
+    step: int
+
+
+def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRun:
+    """A run folder's checkpoint, with the averaged weights where the recipe keeps them.
+
+    Args:
+        folder: run folder with recipe.toml and checkpoints/.
+        which: "last", "best" or a step number.
+        data_path: where the data set is, if it has moved since the training.
+    """
+    if which not in ("last", "best") and not which.isdigit():
+        raise ValueError(f'eval: --checkpoint is {which!r}; pass "last", "best" or a step number.')
+    overrides = [f"data.path={data_path}"] if data_path else []
+    recipe = load_recipe(str(folder / "recipe.toml"), overrides)
+    saved = load_checkpoint(folder / "checkpoints", which)
+    task = TASKS[recipe.task](recipe)
+    weights = saved.tensors["model"]
+    if "ema" in saved.tensors:
+        prefix = "module."
+        averaged = saved.tensors["ema"]
+        weights = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
+    match_shapes("eval", task.model, weights)
+    task.model.load_state_dict(weights)
+    for name, module in task.modules().items():
+        if name in saved.tensors:
+            module.load_state_dict(saved.tensors[name])
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device == "auto" else "cpu")
+    return LoadedRun(task, task.model.to(device).eval(), device, saved.state["step"])
+
+
+def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict[str, Any]:
+    """Test metrics of a run folder's checkpoint. Arguments as for `load_run`.
+
+    Returns:
+        {"name", "step", "test": {...}, "reliability": {...}}
+    """
+    run = load_run(folder, which, data_path)
+    return {"name": run.task.recipe.name, "step": run.step, **run.task.test(run.model, run.device)}

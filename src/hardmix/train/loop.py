@@ -1,0 +1,438 @@
+"""The training loop: settings, set-up, one loop over steps. Whoever needs another loop copies this one.
+
+Devices, precision and processes are Accelerate's. Every random number is a function of the seed and the step
+(`hardmix.train.seeds`), so a checkpoint holds no generator and a killed run resumes bit-exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from hardmix import __version__
+from hardmix.train.files import write_json, write_text
+from hardmix.train.log import RunLog
+from hardmix.train.recipe import Recipe
+from hardmix.train.seeds import derive, generator
+from hardmix.train.state import (
+    clean_leftovers,
+    flatten_optimizer,
+    list_steps,
+    load_checkpoint,
+    mark_best,
+    match_shapes,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+from hardmix.train.tasks import TASKS
+
+#: called with {"step", "steps", "epoch", "epochs", "loss", "accuracy", "images_per_s"} a few times a second
+Progress = Callable[[dict[str, Any]], None]
+
+
+class RunError(RuntimeError):
+    """A run that can't start or go on, in one sentence."""
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """Ctrl-C or SIGTERM: the run stopped at a step boundary with a checkpoint."""
+
+    def __init__(self, folder: Path, step: int, signum: int) -> None:
+        super().__init__(f"stopped at step {step}; go on with: hardmix run --resume {folder}")
+        self.signum = signum
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train one recipe into `folder` and return its summary.
+
+    Args:
+        recipe: resolved recipe.
+        folder: run folder; created. A folder that already holds a run is only touched with `resume`.
+        resume: go on from the last checkpoint, or return the summary of a finished run.
+        progress: told about the run a few times a second.
+
+    Raises:
+        RunError: the folder holds another run, or the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    _check_folder(recipe, folder, resume)
+    if (folder / "summary.json").is_file():
+        clean_leftovers(folder)
+        if not (folder / "report.html").is_file():
+            _write_report(folder)
+        return read_summary(folder)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    run = _Run(recipe, folder)
+    try:
+        with _stop_signals() as stop:
+            run.train(stop, progress)
+        return run.finish()
+    finally:
+        run.log.close()
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    import json
+
+    return json.loads((folder / "summary.json").read_text("utf-8"))
+
+
+def _write_report(folder: Path) -> None:
+    from hardmix.report.page import write_run_report
+
+    write_run_report(folder)
+
+
+class _Run:
+    """What one run holds while it trains."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.accelerator = _accelerator(recipe)
+        self.device = self.accelerator.device
+        self.task = TASKS[recipe.task](recipe)
+        if recipe.train.channels_last:
+            self.task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model, self.optimizer = self.accelerator.prepare(self.task.model, _optimizer(self.task.model, recipe))
+        self.extra = self.task.modules()
+        for module in self.extra.values():
+            module.to(self.device)
+        self.ema: AveragedModel | None = None
+        if recipe.train.ema:
+            average = get_ema_multi_avg_fn(recipe.train.ema)
+            self.ema = AveragedModel(self.task.model, multi_avg_fn=average, use_buffers=True)
+        self.batch_size = min(recipe.train.batch_size, self.task.num_train)
+        self.steps_per_epoch = self.task.num_train // self.batch_size
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        self.step, self.seconds = 0, 0.0
+        self.best, self.best_step = -math.inf, None  # type: float, int | None
+        self.validation: dict[str, float] = {}
+        # What was measured since the last line of the log; part of a checkpoint, so that resumed lines are the same.
+        self.sums: dict[str, Any] = {}
+        self.logged = 0
+        self.checkpoints = folder / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.toml", recipe.to_toml())
+        self.log = RunLog(folder, self._restore())
+
+    def train(self, stop: _Stop, progress: Progress | None) -> None:
+        """Steps until the end, an evaluation and a checkpoint after each epoch."""
+        started = time.perf_counter() - self.seconds
+        told, rate = 0.0, 0.0
+        first, since = self.step, time.perf_counter()
+        for step, index, raw in self._batches():
+            values = self._one_step(step, index, raw)
+            self.step = step + 1
+            self.sums = {key: self.sums.get(key, 0.0) + value for key, value in values.items()}
+            now = time.perf_counter()
+            if self.step % self.recipe.train.log_every == 0 or self.step == self.steps:
+                rate = (self.step - first) * self.batch_size / max(now - since, 1e-9)
+                self._log_train(rate, now - started)
+                first, since = self.step, time.perf_counter()
+            if progress is not None and (now - told > 0.2 or self.step == self.steps):
+                progress(self._progress(values, rate or (self.step - first) * self.batch_size / max(now - since, 1e-9)))
+                told = now
+            if self.step % self.steps_per_epoch == 0:
+                self._end_of_epoch(started)
+            if stop.signum:
+                self._save(started)
+                raise Interrupted(self.folder, self.step, stop.signum)
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the test split and write the summary, the gallery and the report."""
+        if self.recipe.eval.checkpoint == "best" and self.validation:
+            self._load_weights("best")
+        started = time.perf_counter()
+        model = self._eval_model()
+        with self.accelerator.autocast():
+            result = self.task.test(model, self.device)
+            self.task.write_gallery(model, self.device, self.folder / "gallery.safetensors")
+        recipe = self.recipe
+        summary = {
+            "name": recipe.name,
+            "task": recipe.task,
+            "seed": recipe.seed,
+            "finished": True,
+            **self.task.describe(),
+            **result,
+            "validation": self.validation,
+            "seconds": {
+                "train": round(self.seconds, 3),
+                "test": round(time.perf_counter() - started, 3),
+                "per_step": round(self.seconds / self.steps, 6),
+            },
+            "memory_mb": _peak_memory_mb(self.device),
+            "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": _device_name(self.device),
+        }
+        write_json(self.folder / "summary.json", summary)
+        _write_report(self.folder)
+        return summary
+
+    def _batches(self) -> Iterator[tuple[int, Tensor, Any]]:
+        """(step, sample numbers, raw batch) from the current step to the end; workers only read and decode."""
+        from torch.utils.data import DataLoader
+
+        for epoch in range(self.step // self.steps_per_epoch, self.recipe.train.epochs):
+            order = torch.randperm(self.task.num_train, generator=generator(self.recipe.seed, "order", epoch))
+            first = self.step - epoch * self.steps_per_epoch
+            groups = list(order.split(self.batch_size))[first : self.steps_per_epoch]
+            groups = [self._own_share(group) for group in groups]
+            loader = DataLoader(
+                _Batches(self.task.load),
+                sampler=groups,  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=self.recipe.data.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=generator(self.recipe.seed, "workers", epoch),
+            )
+            for offset, (index, raw) in enumerate(zip(groups, loader, strict=True)):
+                yield epoch * self.steps_per_epoch + first + offset, index, raw
+
+    def _own_share(self, group: Tensor) -> Tensor:
+        """This process's part of a global batch."""
+        return group.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def _one_step(self, step: int, index: Tensor, raw: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Forward, backward, one move of the optimizer. The loss is looked at before anything moves."""
+        train, rank = self.recipe.train, self.accelerator.process_index
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * lr_factor(step, self.steps, round(train.warmup_epochs * self.steps_per_epoch))
+        self.task.start_step(step / self.steps)
+        torch.manual_seed(derive(self.recipe.seed, "dropout", step, rank))
+        totals: dict[str, Tensor] = {}
+        parts = min(train.accumulate, len(index))
+        for part, piece in enumerate(zip(*(tensor.tensor_split(parts) for tensor in raw), strict=True)):
+            batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in piece)
+            share = len(batch[0]) / len(index)
+            draws = generator(self.recipe.seed, "mix", step, rank, part)
+            with self.accelerator.autocast():
+                loss, values = self.task.loss(self.model, batch, draws)
+            if not math.isfinite(loss.item()):
+                raise RunError(self._not_finite(step, index, batch, loss.item()))
+            self.accelerator.backward(loss * share)
+            totals = {k: totals[k] + v * share if k in totals else v * share for k, v in values.items()}
+        if train.clip_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+        return totals
+
+    def _not_finite(self, step: int, index: Tensor, batch: tuple[Tensor, ...], loss: float) -> str:
+        """Who is to blame: the images, the weights, or the step itself."""
+        names = self.task.names(index)
+        ids = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        culprit = "the loss itself (try a lower train.lr or train.clip_norm)"
+        if batch[0].is_floating_point() and not bool(torch.isfinite(batch[0]).all()):
+            culprit = "the images of this batch"
+        else:
+            for name, value in self.accelerator.unwrap_model(self.model).named_parameters():
+                if not bool(torch.isfinite(value).all()):
+                    culprit = f"the weights {name}"
+                    break
+        return f"the loss is {loss} at step {step}; the first tensor that is not finite is {culprit}; samples: {ids}."
+
+    def _end_of_epoch(self, started: float) -> None:
+        epoch = self.step // self.steps_per_epoch
+        last = epoch == self.recipe.train.epochs
+        improved = False
+        if last or epoch % self.recipe.eval.every == 0:
+            with self.accelerator.autocast():
+                self.validation = self.task.validate(self._eval_model(), self.device)
+            if self.validation:
+                self.log.metrics({"kind": "validation", "step": self.step, "epoch": float(epoch), **self.validation})
+                if improved := self.validation[self.task.score] > self.best:
+                    self.best, self.best_step = self.validation[self.task.score], self.step
+        if last or improved or epoch % self.recipe.train.checkpoint_every == 0:
+            self._save(started)
+
+    def _log_train(self, rate: float, seconds: float) -> None:
+        values = {key: value.item() / (self.step - self.logged) for key, value in self.sums.items()}
+        self.sums, self.logged = {}, self.step
+        epoch = round(self.step / self.steps_per_epoch, 4)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.log.metrics({"kind": "train", "step": self.step, "epoch": epoch, **values, "lr": lr})
+        self.log.timing({"step": self.step, "images_per_s": round(rate, 1), "seconds": round(seconds, 3)})
+
+    def _progress(self, values: dict[str, Tensor], rate: float) -> dict[str, Any]:
+        now = {key: value.item() for key, value in values.items()}
+        epoch = min(self.step // self.steps_per_epoch + 1, self.recipe.train.epochs)
+        epochs = self.recipe.train.epochs
+        return {"step": self.step, "steps": self.steps, "epoch": epoch, "epochs": epochs, "images_per_s": rate, **now}
+
+    def _eval_model(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema
+        return model.eval()
+
+    def _save(self, started: float) -> None:
+        self.seconds = time.perf_counter() - started
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
+        tensors["optimizer"], rest = flatten_optimizer(self.optimizer.state_dict())
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        for name, module in self.extra.items():
+            if module.state_dict():
+                tensors[name] = module.state_dict()
+        state = {
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "optimizer": rest,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "best": None if self.best_step is None else {"step": self.best_step, "score": self.best},
+            "validation": self.validation,
+            "seconds": self.seconds,
+            "log": self.log.position(self.step),
+            "sums": {key: value.item() for key, value in self.sums.items()},
+            "logged": self.logged,
+        }
+        keep = [] if self.best_step is None else [self.best_step]
+        save_checkpoint(self.checkpoints, self.step, tensors, state, keep=keep)
+        if self.best_step == self.step:
+            mark_best(self.checkpoints, self.step, self.best)
+
+    def _restore(self) -> dict[str, int] | None:
+        """Go to the last checkpoint, if there is one. Returns where the logs ended then."""
+        clean_leftovers(self.folder)
+        clean_leftovers(self.checkpoints)
+        if not list_steps(self.checkpoints):
+            return None
+        state = self._load_weights("last")
+        self.step = state["step"]
+        if state["best"] is not None:
+            self.best, self.best_step = state["best"]["score"], state["best"]["step"]
+            # Killed between the checkpoint and the note which one is best: the checkpoint knows.
+            mark_best(self.checkpoints, self.best_step, self.best)
+        self.validation, self.seconds = state["validation"], state["seconds"]
+        self.sums = {key: torch.tensor(value, device=self.device) for key, value in state["sums"].items()}
+        self.logged = state["logged"]
+        return state["log"]
+
+    def _load_weights(self, which: str) -> dict[str, Any]:
+        saved = load_checkpoint(self.checkpoints, which)
+        model = self.accelerator.unwrap_model(self.model)
+        match_shapes("resume", model, saved.tensors["model"])
+        model.load_state_dict(saved.tensors["model"])
+        self.optimizer.load_state_dict(unflatten_optimizer(saved.tensors["optimizer"], saved.state["optimizer"]))
+        if self.ema is not None:
+            self.ema.load_state_dict(saved.tensors["ema"])
+        for name, module in self.extra.items():
+            if name in saved.tensors:
+                module.load_state_dict(saved.tensors[name])
+        if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        return saved.state
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Hands whole batches of sample numbers to the task, so that in-memory data is indexed once per batch."""
+
+    def __init__(self, load: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.load = load
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, ...]:
+        return self.load(index)
+
+
+class _Stop:
+    """Set by a signal handler, read at the end of each step."""
+
+    signum = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C ends the process at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(signum: int, frame: object) -> None:
+        if stop.signum:
+            raise KeyboardInterrupt
+        stop.signum = signum
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # The state is shared by a process, and a process may train several recipes one after another.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
+    return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Weight decay on matrices and filters only: norms and biases are not decayed."""
+    train = recipe.train
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
+
+
+def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """A folder is new, or holds this very recipe and the caller asked to resume."""
+    before = folder / "recipe.toml"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; choose another --out.")
+    if not before.is_file():
+        # A start that was killed may have left a file aside; that is not somebody's work.
+        clean_leftovers(folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty and holds no run; choose another --out.")
+        return
+    if not resume:
+        raise RunError(f"{folder} already holds a run; pass --resume to go on with it, or another --out.")
+    if before.read_text("utf-8") != recipe.to_toml():
+        raise RunError(f"{folder} holds a run of another recipe; choose another --out, or resume it without changes.")
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

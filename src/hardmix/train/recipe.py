@@ -1,0 +1,320 @@
+"""Recipes: TOML read into frozen models, every mistake reported at once.
+
+A recipe names entries of `hardmix.tables` only: it can't import or run anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from hardmix import tables
+from hardmix._check import did_you_mean
+from hardmix.data.catalog import CATALOG
+from hardmix.data.views import MOVES, PAINTS
+from hardmix.models.build import MODELS, model_options
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+#: Recipes are written by hand; anything larger is another file passed by mistake.
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used; the message lists every mistake with its place."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+def _float_of_int(value: object) -> object:
+    """TOML tells 1 from 1.0; people don't."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Float = Annotated[float, BeforeValidator(_float_of_int)]
+
+
+class Component(BaseModel):
+    """A named entry of a table with its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(_Section):
+    name: str = "fashion-mini"
+    path: str = Field("", description="folder or file of the data set; empty: look in the known places")
+    train_samples: int = Field(0, ge=0, description="stratified subset of the training split; 0: all")
+    validation: Float = Field(
+        0.1, ge=0.0, lt=1.0, description="share of the training images to validate on, unless the set has its own"
+    )
+    image_size: int = Field(0, ge=0, description="side in pixels for image folders; 0: the data set's own")
+    augment: list[str] = Field(default_factory=lambda: ["flip", "crop"])
+    workers: int = Field(0, ge=0, le=64, description="processes that read and decode images")
+    on_error: Literal["raise", "skip"] = Field("raise", description="what to do with images that can't be read")
+
+    @field_validator("name")
+    @classmethod
+    def _in_catalogue(cls, value: str) -> str:
+        _entry("data set", value, CATALOG)
+        return value
+
+    @field_validator("augment")
+    @classmethod
+    def _views_exist(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _entry("view", name, {**MOVES, **PAINTS})
+        return value
+
+
+class ModelSection(_Section):
+    name: str = "small-resnet"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_model(cls, value: str) -> str:
+        if not value.startswith("timm/"):
+            _entry("model", value, MODELS)
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _fit_the_model(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name", "")
+        if name in MODELS:
+            _check_options("model", name, [*model_options(name), "checkpoint"], value)
+        return value
+
+
+class TrainSection(_Section):
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Float = Field(0.1, gt=0.0)
+    weight_decay: Float = Field(5e-4, ge=0.0)
+    momentum: Float = Field(0.9, ge=0.0, lt=1.0)
+    warmup_epochs: Float = Field(1.0, ge=0.0)
+    clip_norm: Float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    accumulate: int = Field(1, ge=1, description="parts that a batch is split into, one backward each")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Float = Field(0.0, ge=0.0, lt=1.0, description="decay of the averaged weights that are evaluated; 0: off")
+    channels_last: bool = True
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's own choice")
+    log_every: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
+
+
+class EvalSection(_Section):
+    every: int = Field(1, ge=1, description="epochs between two evaluations")
+    batch_size: int = Field(500, ge=1)
+    checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
+
+
+class Recipe(_Section):
+    """One training run, resolved: every default is written out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    about: str = ""
+    task: Literal["classification"] = "classification"
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    policy: Component | None = None
+    objective: Component = Field(default_factory=lambda: Component(name="soft-cross-entropy"))
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+
+    @field_validator("policy", "objective", mode="after")
+    @classmethod
+    def _known(cls, value: Component | None, info: ValidationInfo) -> Component | None:
+        if value is not None:
+            if info.field_name == "policy":
+                build_policy(value, model=None)
+            else:
+                build_objective(value)
+        return value
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def with_seed(self, seed: int) -> Recipe:
+        return self.model_copy(update={"seed": seed})
+
+
+def build_policy(component: Component, model: Any) -> Any:
+    """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built."""
+    cls = _entry("policy", component.name, tables.POLICIES)
+    options = component.options
+    _check_options("policy", component.name, _parameters(cls), options)
+    if component.name == "random-choice":
+        children = options.pop("policies", None)
+        if not isinstance(children, list) or not children:
+            raise ValueError('policies is missing; list them: policies = [{ name = "mixup" }, { name = "cutmix" }]')
+        built = [None if c == "none" else build_policy(_component(c), model) for c in children]
+        return cls(built, **options)
+    if component.name == "scheduled":
+        return cls(build_policy(_component(options.pop("policy", None)), model), **options)
+    if component.name in tables.NEEDS_MODEL:
+        return None if model is None else cls(model, **options)
+    return cls(**options)
+
+
+def build_objective(component: Component) -> Any:
+    """The objective that a recipe names."""
+    cls = _entry("objective", component.name, tables.OBJECTIVES)
+    _check_options("objective", component.name, _parameters(cls), component.options)
+    return cls(**component.options)
+
+
+def _component(value: object) -> Component:
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError(f'a nested policy is {value!r}; write {{ name = "mixup", alpha = 0.2 }}')
+    return Component(**value)
+
+
+def _entry(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f'"{name}" is not a {kind}{did_you_mean(name, table)}; there are {", ".join(table)}')
+    return table[name]
+
+
+def _check_options(kind: str, name: str, known: list[str], options: Mapping[str, Any]) -> None:
+    wrong = [f"{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    if wrong:
+        raise ValueError(f'unknown option of {kind} "{name}": {", ".join(wrong)}; it takes {", ".join(known)}')
+    for key, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}; pass a finite number")
+
+
+def _parameters(cls: type) -> list[str]:
+    """What a class takes from a recipe; the model is handed over by the task."""
+    return [name for name in inspect.signature(cls).parameters if name != "model"]
+
+
+def shipped() -> dict[str, Any]:
+    """The recipes that come with the package, name to resource."""
+    files = resources.files("hardmix.recipes").iterdir()
+    return {f.name.removesuffix(".toml"): f for f in sorted(files, key=lambda f: f.name) if f.name.endswith(".toml")}
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file by path, and apply `key.sub=value` overrides.
+
+    Raises:
+        RecipeError: with every mistake of the file and the overrides.
+    """
+    table = read_toml(name)
+    for override in overrides or []:
+        _apply(table, override)
+    table.setdefault("name", Path(name).stem)
+    return check_recipe(table, name)
+
+
+def read_toml(name: str) -> dict[str, Any]:
+    """The table of a shipped recipe or of a file."""
+    ours = shipped()
+    if name in ours:
+        return tomllib.loads(ours[name].read_text("utf-8"))
+    path = Path(name)
+    if not path.is_file():
+        hint = did_you_mean(name, ours)
+        raise RecipeError(
+            f'recipe "{name}" is neither shipped nor a file{hint}; `hardmix list` shows the shipped ones.'
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"recipe {path} is not valid TOML: {error}.") from None
+    if _depth(table) > MAX_DEPTH:
+        raise RecipeError(f"recipe {path} nests tables more than {MAX_DEPTH} deep; no recipe needs that.")
+    return table
+
+
+def check_recipe(table: dict[str, Any], name: str) -> Recipe:
+    """A resolved recipe from a table; all mistakes at once."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        lines = [f"  {_place(e['loc'])}: {_sentence(e)}" for e in error.errors()]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise RecipeError("\n".join([f'recipe "{name}" has {count}:', *lines])) from None
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc) or "recipe"
+
+
+def _sentence(error: Any) -> str:
+    """Pydantic's finding in our words: what came, what is expected, the nearest right name."""
+    *parents, last = error["loc"] or ("",)
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in parents:
+            section = section.model_fields[part].annotation
+        names = list(section.model_fields)
+        return f"unknown key{did_you_mean(str(last), names)}; there are {', '.join(names)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("value_error", "missing"):
+        return message
+    return f"is {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _depth(value: object, limit: int = MAX_DEPTH) -> int:
+    """Depth of nesting, looked at no further than just past `limit`."""
+    level, depth = [value], 0
+    while level and depth <= limit:
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+        ]
+        depth += 1
+    return depth
+
+
+def parse_options(overrides: list[str]) -> dict[str, Any]:
+    """Options from `key=value` texts."""
+    table: dict[str, Any] = {}
+    for override in overrides:
+        _apply(table, override)
+    return table
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Write one `key.sub=value` into the table. The value is read as TOML; what is not TOML is a string."""
+    key, sep, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not sep or not all(parts):
+        raise RecipeError(f'--set "{override}" is not key=value; write for example --set train.epochs=5.')
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    node = table
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f'--set "{override}": {part} is a value, not a section.')
+    node[parts[-1]] = value

@@ -1,0 +1,226 @@
+"""The classification task: images to classes, with a mixing policy and an objective that takes mixed targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hardmix.data.catalog import load_images
+from hardmix.data.images import ImageSet
+from hardmix.data.splits import stratified_subset, train_validation_split
+from hardmix.data.views import Augment, Normalize
+from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
+from hardmix.mixing import MixedTarget, MixPlan
+from hardmix.mixing.plan import full_box_share
+from hardmix.models.build import build_model
+from hardmix.train.recipe import Recipe, build_objective, build_policy
+from hardmix.train.seeds import derive, generator
+
+#: Test images in the report's gallery.
+GALLERY = 8
+
+
+class Classification:
+    """Data, model, policy and objective of one recipe, and what one step and one evaluation do with them."""
+
+    score = "top1"  # larger is better: picks the best checkpoint
+
+    def __init__(self, recipe: Recipe) -> None:
+        data = load_images(
+            recipe.data.name,
+            recipe.data.path or None,
+            image_size=recipe.data.image_size or None,
+            on_error=recipe.data.on_error,
+        )
+        index = torch.arange(len(data.train))
+        if recipe.data.train_samples:
+            index = stratified_subset(data.train.labels, recipe.data.train_samples, seed=recipe.seed)
+        pool = data.train.subset(index)
+        if data.validation is not None:
+            self.train_set, self.validation_set = pool, data.validation
+        else:
+            train, validation = torch.arange(len(pool)), torch.arange(0)
+            if recipe.data.validation:
+                train, validation = train_validation_split(pool.labels, recipe.data.validation, seed=recipe.seed)
+            self.train_set, self.validation_set = pool.subset(train), pool.subset(validation)
+        self.test_set = data.test
+        self.recipe = recipe
+        self.data = data
+        channels, height, _ = self.train_set.shape
+        torch.manual_seed(derive(recipe.seed, "model"))
+        self.model = build_model(
+            recipe.model.name,
+            num_classes=len(data.train.class_names),
+            in_channels=channels,
+            image_size=height,
+            **recipe.model.options,
+        )
+        self.policy = None if recipe.policy is None else build_policy(recipe.policy, self.model)
+        self.objective = build_objective(recipe.objective)
+        self.augment = Augment(recipe.data.augment)
+        self.normalize = Normalize(data.mean, data.std)
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_set)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained or tracked besides the model, by the name it has in a checkpoint."""
+        return {} if self.policy is None else {"policy": self.policy}
+
+    def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The raw batch of these training samples, on the CPU."""
+        return self.train_set.batch(index), self.train_set.labels[index]
+
+    def names(self, index: Tensor) -> list[str]:
+        """What error messages call these training samples."""
+        return [self.train_set.sample_id(int(i)) for i in index]
+
+    def start_step(self, progress: float) -> None:
+        """Called before each step with the finished share of the training."""
+        if self.policy is not None and hasattr(self.policy, "set_progress"):
+            self.policy.set_progress(progress)
+
+    def loss(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], draws: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one batch on the model's device, and what to log, still on the device."""
+        images, labels = batch
+        x = self._pixels(self.augment(images, generator=draws))
+        target: MixedTarget | Tensor = labels
+        if self.policy is not None:
+            x, target = self.policy(x, labels, generator=draws)
+        logits = model(self._layout(self.normalize(x)))
+        loss = self.objective(logits, target)
+        with torch.no_grad():
+            if not isinstance(target, MixedTarget):
+                target = MixedTarget(labels[:, None], torch.ones_like(labels[:, None], dtype=torch.float32))
+            accuracy = mixed_accuracy(logits.detach(), target)
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, images: ImageSet, device: torch.device) -> Tensor:
+        """(N, C) probabilities of a split, on the CPU, without augmentation."""
+        parts = [
+            self._probs(model, self._pixels(images.batch(index).to(device)))
+            for index in torch.arange(len(images)).split(self.recipe.eval.batch_size)
+        ]
+        return torch.cat(parts)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Metrics on the validation split; empty without one."""
+        if len(self.validation_set) == 0:
+            return {}
+        return classification_metrics(self.predict(model, self.validation_set, device), self.validation_set.labels)
+
+    def test(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """All that summary.json says about the test split."""
+        probs, labels = self.predict(model, self.test_set, device), self.test_set.labels
+        result = classification_metrics(probs, labels)
+        for kind in ("mixup", "cutmix"):
+            mixed, pairs = self._hard_samples(model, kind, device)
+            result |= {f"{kind}_{key}": value for key, value in mixed_metrics(mixed, pairs).items()}
+        return {"test": result, "reliability": reliability(probs, labels)}
+
+    def describe(self) -> dict[str, Any]:
+        """The part of summary.json that is known before training."""
+        recipe = self.recipe
+        return {
+            "data": {
+                "name": self.data.name,
+                "train": len(self.train_set),
+                "validation": len(self.validation_set),
+                "test": len(self.test_set),
+                "skipped": list(self.data.skipped),
+                "classes": list(self.train_set.class_names),
+                "source": self.data.source,
+                "license": self.data.license,
+            },
+            "model": {"name": recipe.model.name, "parameters": sum(p.numel() for p in self.model.parameters())},
+            "policy": recipe.policy.name if recipe.policy else "none",
+            "objective": recipe.objective.name,
+        }
+
+    @torch.no_grad()
+    def write_gallery(self, model: nn.Module, device: torch.device, path: Path) -> None:
+        """Mixed test images, their labels and what the model says: the same images for every recipe on this data."""
+        from safetensors.torch import save
+
+        from hardmix.train.files import write_bytes
+
+        index, partner = self._pairs(GALLERY, purpose="gallery")
+        own, other = self.test_set.batch(index), self.test_set.batch(partner)
+        plan = self._half_plan("cutmix", GALLERY, own.shape[2:])
+        mixed = self._two_image_blend(plan, self._pixels(own), self._pixels(other))
+        mask = plan.mask
+        assert mask is not None
+        top = self._probs(model, mixed.to(device)).topk(min(3, len(self.test_set.class_names)), dim=1)
+        labels = torch.stack([self.test_set.labels[index], self.test_set.labels[partner]], 1)
+        tensors = {
+            "own": own,
+            "partner": other,
+            "mixed": (mixed * 255).round().to(torch.uint8),
+            "mask": mask,
+            "labels": labels,
+            "weights": torch.stack([plan.lam, 1 - plan.lam], 1),
+            "top": top.indices,
+            "prob": top.values,
+        }
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def _hard_samples(self, model: nn.Module, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Probabilities of test images mixed half and half with one of another class, and their (N, 2) classes."""
+        index, partner = self._pairs(len(self.test_set), purpose="hard")
+        probs = []
+        for own, other in zip(
+            index.split(self.recipe.eval.batch_size), partner.split(self.recipe.eval.batch_size), strict=True
+        ):
+            a, b = (self._pixels(self.test_set.batch(rows).to(device)) for rows in (own, other))
+            plan = self._half_plan(kind, len(own), a.shape[2:], int(own[0])).to(device)
+            probs.append(self._probs(model, self._two_image_blend(plan, a, b)))
+        return torch.cat(probs), torch.stack([self.test_set.labels[index], self.test_set.labels[partner]], 1)
+
+    def _pairs(self, count: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """`count` test rows and for each a row of another class, the same for every recipe on this data."""
+        labels = self.test_set.labels
+        draws = generator(0, purpose)
+        index = (
+            torch.arange(len(labels)) if count == len(labels) else torch.randperm(len(labels), generator=draws)[:count]
+        )
+        partner = torch.randint(len(labels), index.shape, generator=draws)
+        while bool((same := labels[partner] == labels[index]).any()):
+            partner[same] = torch.randint(len(labels), (int(same.sum()),), generator=draws)
+        return index, partner
+
+    @staticmethod
+    def _half_plan(kind: str, rows: int, size: tuple[int, ...], where: int = 0) -> MixPlan:
+        """A plan at lambda = 1/2 (for boxes: the nearest box that lies inside the image)."""
+        partner, half = torch.arange(rows), torch.full((rows,), 0.5)
+        if kind == "mixup":
+            return MixPlan(partner, half)
+        height, width = size
+        side = torch.tensor([round(height * 0.5**0.5), round(width * 0.5**0.5)])
+        room = torch.tensor([height, width]) - side + 1
+        start = (torch.rand((rows, 2), generator=generator(0, "half-box", where)) * room).long()
+        box = torch.stack([start, start + side], 2)
+        return MixPlan(partner, full_box_share(box, (height, width)), box=box, size=(height, width))
+
+    @staticmethod
+    def _two_image_blend(plan: MixPlan, own: Tensor, other: Tensor) -> Tensor:
+        """Blend rows with images that are not rows of the same batch."""
+        return MixPlan(plan.partner, plan.lam, plan.mask, other=other).blend(own)
+
+    def _probs(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return model(self._layout(self.normalize(pixels))).float().softmax(1).cpu()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """uint8 to [0, 1]. Mixing happens here, before the normalisation, where any policy can work."""
+        return images.to(torch.float32).div_(255.0) if images.dtype == torch.uint8 else images
+
+    def _layout(self, x: Tensor) -> Tensor:
+        if self.recipe.train.channels_last and x.ndim == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x

@@ -1,0 +1,151 @@
+"""The loop: same recipe same bytes, resuming is exact, a loss that is not finite stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from hardmix.train.loop import Interrupted, RunError, lr_factor, run_recipe
+from hardmix.train.recipe import Recipe
+
+from .conftest import fingerprint, tiny
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run_recipe(tiny(), folder)
+    return folder
+
+
+def stop_after(step: int, signum: int = signal.SIGTERM):
+    """A progress callback that sends this process a signal once `step` is reached."""
+
+    def progress(event):
+        if event["step"] >= step:
+            os.kill(os.getpid(), signum)
+
+    return progress
+
+
+def interrupted(recipe: Recipe, folder: Path, step: int, monkeypatch, signum: int = signal.SIGTERM) -> int:
+    """Run until a signal arrives at `step`; the loop must tell about every step for that."""
+    ticks = iter(range(10**9))
+    monkeypatch.setattr("hardmix.train.loop.time.perf_counter", lambda: float(next(ticks)))
+    with pytest.raises(Interrupted, match="--resume") as caught:
+        run_recipe(recipe, folder, progress=stop_after(step, signum))
+    monkeypatch.undo()
+    assert caught.value.signum == signum
+    return json.loads(sorted((folder / "checkpoints").glob("step-*"))[-1].joinpath("state.json").read_text())["step"]
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    for name in ("recipe.toml", "metrics.jsonl", "timing.jsonl", "summary.json", "gallery.safetensors", "report.html"):
+        assert (straight / name).stat().st_size > 0, name
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["data"]["train"] == 160
+    assert summary["data"]["validation"] == 40
+    assert summary["policy"] == "cutmix"
+    assert 0.0 <= summary["test"]["cutmix_both"] <= 1.0
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4, 6, 8, 10]
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [5, 10]
+
+
+def test_the_same_recipe_twice_gives_the_same_bytes(straight, tmp_path):
+    run_recipe(tiny(), tmp_path / "again")
+    assert fingerprint(tmp_path / "again") == fingerprint(straight)
+
+
+def test_another_seed_gives_other_bytes(straight, tmp_path):
+    run_recipe(tiny(seed=1), tmp_path / "other")
+    assert fingerprint(tmp_path / "other") != fingerprint(straight)
+
+
+def test_loader_workers_change_nothing(straight, tmp_path):
+    run_recipe(tiny(data={"workers": 2}), tmp_path / "workers")
+    assert fingerprint(tmp_path / "workers") == fingerprint(straight)
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_resuming_in_mid_epoch_is_bit_exact(straight, tmp_path, monkeypatch, step):
+    folder = tmp_path / "run"
+    assert interrupted(tiny(), folder, step, monkeypatch) == step
+    run_recipe(tiny(), folder, resume=True)
+    assert fingerprint(folder) == fingerprint(straight)
+
+
+def test_resuming_carries_averaged_weights_and_accumulation(tmp_path, monkeypatch):
+    recipe = tiny(train={"ema": 0.9, "accumulate": 2, "optimizer": "adamw", "lr": 0.003, "clip_norm": 1.0})
+    run_recipe(recipe, tmp_path / "straight")
+    interrupted(recipe, tmp_path / "run", 7, monkeypatch, signal.SIGINT)
+    run_recipe(recipe, tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "straight")
+    assert any("ema" in name for name in fingerprint(tmp_path / "run"))
+
+
+def test_a_finished_run_is_not_trained_again(straight):
+    before = (straight / "metrics.jsonl").stat().st_mtime_ns
+    assert run_recipe(tiny(), straight, resume=True)["finished"]
+    assert (straight / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_folders_that_hold_something_else_are_refused(straight, tmp_path):
+    with pytest.raises(RunError, match="already holds a run; pass --resume"):
+        run_recipe(tiny(), straight)
+    with pytest.raises(RunError, match="run of another recipe"):
+        run_recipe(tiny(seed=5), straight, resume=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        run_recipe(tiny(), tmp_path)
+    with pytest.raises(RunError, match="is a file"):
+        run_recipe(tiny(), tmp_path / "notes.txt")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(tmp_path):
+    recipe = tiny(train={"lr": 1e18, "weight_decay": 0.0, "momentum": 0.0})
+    with pytest.raises(RunError) as caught:
+        run_recipe(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert "the loss is" in message
+    assert "at step" in message
+    assert "train/" in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"policy": None, "objective": {"name": "soft-cross-entropy", "label_smoothing": 0.1}},
+        {"policy": {"name": "mixup", "alpha": 0.2}, "objective": {"name": "decoupled-mixup-bce", "xi": 0.8}},
+        {"policy": {"name": "manifold-mixup", "layers": ["stage1"], "alpha": 1.0}},
+        {"policy": {"name": "random-choice", "policies": [{"name": "mixup"}, {"name": "cutmix"}, "none"]}},
+        {"policy": {"name": "scheduled", "stop": 0.5, "policy": {"name": "fmix"}}},
+        {"policy": {"name": "augmix"}, "objective": {"name": "soft-cross-entropy"}},
+        {"model": {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch": 4}}},
+        {"train": {"precision": "bf16"}},
+        {"data": {"validation": 0}},
+        {"eval": {"checkpoint": "best"}},
+    ],
+    ids=lambda s: next(iter(s)) + "-" + str(next(iter(s.values())))[:30],
+)
+def test_every_kind_of_section_trains(tmp_path, sections):
+    summary = run_recipe(tiny(**sections), tmp_path / "run")
+    assert summary["finished"]
+    assert 0.0 <= summary["test"]["top1"] <= 1.0
+    assert torch.tensor(summary["test"]["nll"]).isfinite()
+
+
+def test_lr_factor_warms_up_and_ends_near_zero():
+    factors = [lr_factor(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[10] == pytest.approx(1.0)
+    assert factors == [*factors[:10], *sorted(factors[10:], reverse=True)]
+    assert 0.0 < factors[-1] < 1e-3
+    assert lr_factor(0, 1, 0) == 1.0
