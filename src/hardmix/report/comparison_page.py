@@ -1,0 +1,336 @@
+"""What the page of a comparison shows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from hardmix.report import plots
+from hardmix.report.comparison import Comparison, Method, Row
+from hardmix.report.plots import Level, Line, Plot
+from hardmix.report.robustness_plots import section
+from hardmix.report.run_page import class_names, is_mixed, step_time, versions
+from hardmix.report.samples import guesses, same_mixes, samples
+from hardmix.report.text import (
+    count,
+    dig,
+    duration,
+    metric,
+    number,
+    p_value,
+    plain,
+    show,
+    show_difference,
+    show_range,
+    title_of,
+    visible,
+)
+from hardmix.report.verdict import comparison_verdict
+
+#: Samples shown where every method is asked about the same mixes, and for each method where they differ.
+SHARED_SAMPLES, OWN_SAMPLES = 9, 3
+
+
+class Column(NamedTuple):
+    """A metric as a column."""
+
+    label: str
+    about: str
+    lower: bool
+
+
+class Group(NamedTuple):
+    """Neighbouring columns that make one table: metrics[start:stop]."""
+
+    title: str
+    start: int
+    stop: int
+
+
+class Cell(NamedTuple):
+    """A cell of a table of results; the first method has no difference."""
+
+    mean: str
+    interval: str
+    best: bool
+    clear: bool
+    difference: str = ""
+    gap: str = ""
+    p: str = ""
+    state: str = ""
+
+
+def comparison_context(comparison: Comparison) -> dict[str, Any]:
+    """Everything that comparison.html.j2 asks for."""
+    columns = [_column(key, key in comparison.lower) for key in comparison.metrics]
+    methods = [_method(comparison, method) for method in comparison.methods]
+    shared, galleries = _galleries(comparison)
+    return {
+        "title": comparison.title,
+        "verdict": comparison_verdict(comparison),
+        "facts": _facts(comparison),
+        "notes": comparison.notes,
+        "metrics": columns,
+        "groups": _groups(comparison.metrics),
+        "methods": methods,
+        "corrected": any(v.adjusted is not None for m in comparison.methods for v in m.versus.values()),
+        "levels": _levels(comparison),
+        "hard": _hard(comparison),
+        "cost": _cost(comparison),
+        "curves": _curves(comparison),
+        "reliability": _reliability(comparison),
+        "shared": shared,
+        "galleries": galleries,
+        "robustness": section(comparison.folder),
+        "command": comparison.command,
+        "details": _details(comparison),
+        "reliability_caption": Markup(plots.RELIABILITY_CAPTION),
+        "rows": [_row(comparison, row, m.place) for m in comparison.methods for row in m.rows],
+    }
+
+
+def _column(key: str, lower: bool) -> Column:
+    known = metric(key)
+    return Column(known.label, known.about, lower)
+
+
+def _groups(metrics: list[str]) -> list[Group]:
+    """Clean and mixed test images apart; with many metrics on mixed ones, each policy of its own."""
+    groups: list[Group] = []
+    many = sum(map(is_mixed, metrics)) > 4
+    for i, key in enumerate(metrics):
+        policy = f" by {title_of(key.rpartition('_')[0])}" if many else ""
+        title = f"Hard samples: test images mixed half and half{policy}" if is_mixed(key) else "Test images"
+        if groups and groups[-1].title == title:
+            groups[-1] = groups[-1]._replace(stop=i + 1)
+        else:
+            groups.append(Group(title, i, i + 1))
+    return groups
+
+
+def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
+    memory = method.memory_mb()
+    return {
+        "name": method.name,
+        "title": "" if method.title == method.name else method.title,
+        "color": method.place % len(plots.COLORS),
+        "cells": [_cell(comparison, method, key) for key in comparison.metrics],
+        "per_step": step_time(method.seconds("per_step")),
+        "training": duration(method.seconds("train")),
+        "memory": "n/a" if memory is None else f"{count(memory)}\u00a0MB",
+    }
+
+
+def _cell(comparison: Comparison, method: Method, key: str) -> Cell:
+    cell, best = method.cells[key], comparison.best[key]
+    is_best = best is not None and best.place == method.place
+    interval = show_range(key, cell.low, cell.high)
+    told = Cell(show(key, cell.mean), interval, is_best, is_best and best is not None and best.clear)
+    if not method.versus:
+        return told
+    versus = method.versus[key]
+    return told._replace(
+        difference=show_difference(key, versus.difference),
+        gap=show_range(key, versus.low, versus.high, signed=True),
+        p=p_value(versus.p if versus.adjusted is None else versus.adjusted),
+        state=versus.verdict(key in comparison.lower),
+    )
+
+
+def _row(comparison: Comparison, row: Row, place: int) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "seed": row.seed,
+        "color": place % len(plots.COLORS),
+        "numbers": [show(key, row.test.get(key)) for key in comparison.metrics],
+        "training": duration(row.seconds.get("train")),
+        "place": row.place,
+    }
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    summary = _first_summary(comparison)
+    pairs = [
+        ("methods", count(len(comparison.methods))),
+        ("seeds", count(len(comparison.seeds))),
+        ("data", dig(summary, "data", "name")),
+        ("training images", _counted(dig(summary, "data", "train"))),
+        ("test images", _counted(dig(summary, "data", "test"))),
+        ("model", dig(summary, "model", "name")),
+    ]
+    return [(label, visible(value)) for label, value in pairs if value is not None]
+
+
+def _details(comparison: Comparison) -> list[tuple[str, str]]:
+    summary = _first_summary(comparison)
+    pairs = [
+        ("seeds", ", ".join(visible(seed) for seed in comparison.seeds)),
+        ("data source", dig(summary, "data", "source")),
+        ("data licence", dig(summary, "data", "license")),
+        ("device", summary.get("device")),
+    ]
+    told = [(label, visible(value)) for label, value in pairs if value not in (None, "")]
+    return told + versions(comparison.versions)
+
+
+def _first_summary(comparison: Comparison) -> dict[str, Any]:
+    """What all runs have in common is read from the first that can be read."""
+    return next((row.folder.summary for row in comparison.rows if row.folder is not None), {})
+
+
+def _counted(value: Any) -> str | None:
+    return None if number(value) is None else count(value)
+
+
+def _level(method: Method, key: str) -> Level:
+    return Level(method.name, method.place, *method.cells[key])
+
+
+def _told(levels: list[Level], key: str, signed: bool = False) -> str:
+    """The numbers of a plot in words, for those who can't see it."""
+    parts = []
+    for level in levels:
+        value = show_difference(key, level.mean) if signed else show(key, level.mean)
+        interval = show_range(key, level.low, level.high, signed=signed)
+        parts.append(f"{visible(level.name, 60)} {value}" + (f" ({interval})" if interval else ""))
+    return "; ".join(parts) + "."
+
+
+def _unit(key: str, points: bool = False) -> str:
+    known = metric(key)
+    label = visible(known.label, 40)
+    return f"{label} ({'points' if points else '%'})" if known.percent else label
+
+
+def _levels(comparison: Comparison) -> list[tuple[Plot, str]]:
+    """Dots and intervals of the metrics on clean images; the first metric also as differences from the first method."""
+    drawn = []
+    for key in [k for k in comparison.metrics if not is_mixed(k)][:4]:
+        percent = metric(key).percent
+        rows = [_level(m, key) for m in comparison.methods]
+        better = "lower is better" if key in comparison.lower else "higher is better"
+        alt = f"{visible(metric(key).label)} of each method: {_told(rows, key)}"
+        caption = f"{metric(key).label}, {better}."
+        drawn.append((plots.levels(rows, alt, x_label=_unit(key), percent=percent), caption))
+        if key != comparison.metrics[0] or len(comparison.methods) < 2:
+            continue
+        rows = []
+        for method in comparison.methods[1:]:
+            versus = method.versus[key]
+            pairs = _pairs(comparison.methods[0], method, key)
+            rows.append(Level(method.name, method.place, versus.difference, versus.low, versus.high, pairs))
+        alt = f"Difference in {visible(metric(key).label)} from the first method: {_told(rows, key, signed=True)}"
+        plot = plots.levels(
+            rows, alt, x_label=f"difference in {_unit(key, points=True)}", percent=percent, zero_line=True
+        )
+        caption = f"{metric(key).label}: difference from the first method, seed by seed."
+        drawn.append((plot, f"{caption} An interval that crosses 0 decides nothing."))
+    return drawn
+
+
+def _pairs(first: Method, method: Method, key: str) -> list[float]:
+    """The differences of runs with the same seed."""
+    base = {repr(row.seed): row.test.get(key) for row in first.rows}
+    pairs = [(row.test.get(key), base.get(repr(row.seed))) for row in method.rows]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _hard(comparison: Comparison) -> list[tuple[Plot, str]]:
+    drawn = []
+    for key in [k for k in comparison.metrics if is_mixed(k) and k.endswith("_both")]:
+        rows = [_level(m, key) for m in comparison.methods]
+        alt = f"{visible(metric(key).label)}: {_told(rows, key)}"
+        title = visible(title_of(key.rpartition("_")[0]))
+        plot = plots.levels(rows, alt, x_label="both classes in the top two (%)", percent=True, bars=True)
+        drawn.append((plot, f"{title}: two test images mixed half and half."))
+    return drawn
+
+
+def _cost(comparison: Comparison) -> Plot | None:
+    if not comparison.metrics:
+        return None
+    key = comparison.metrics[0]
+    timed = [(m, step) for m in comparison.methods if (step := m.seconds("per_step")) is not None]
+    rows = [_level(m, key) for m, _ in timed]
+    if not any(row.mean is not None for row in rows):
+        return None
+    steps = [step for _, step in timed]
+    told = "; ".join(
+        f"{visible(r.name, 60)} {show(key, r.mean)} at {step_time(s)}" for r, s in zip(rows, steps, strict=True)
+    )
+    alt = f"{visible(metric(key).label)} over time per training step: {told}."
+    return plots.cost(rows, steps, alt, y_label=_unit(key), percent=metric(key).percent)
+
+
+def _curves(comparison: Comparison) -> list[tuple[Plot, str]]:
+    drawn = []
+    for kind, key, label, percent, caption in (
+        ("validation", "top1", "validation top-1", True, "Validation top-1."),
+        (
+            "train",
+            "accuracy",
+            "mixed accuracy",
+            True,
+            "Share-weighted top-1 on training batches, harder the more they are mixed.",
+        ),
+        (
+            "train",
+            "loss",
+            "training loss",
+            False,
+            "Training loss. Where objectives or policies differ, levels can't be compared.",
+        ),
+    ):
+        lines: list[Line] = []
+        ends = []
+        for method in comparison.methods:
+            logs = [getattr(row.folder, kind) for row in method.rows if row.folder is not None]
+            line = plots.mean_band(logs, key, method.place)
+            if line is not None:
+                lines.append(line)
+                end = show("top1", line.y[-1], 1) if percent else plain(line.y[-1], 3)
+                ends.append(f"{visible(method.name, 60)} {end}")
+        if lines:
+            alt = f"{label} over epochs; at the end: {'; '.join(ends)}."
+            drawn.append((plots.curves(lines, alt, y_label=label, percent=percent), caption))
+    return drawn
+
+
+def _reliability(comparison: Comparison) -> list[dict[str, Any]]:
+    """One diagram a method, its bins pooled over the seeds."""
+    drawn = []
+    for method in comparison.methods:
+        diagrams = [dig(row.folder.summary, "reliability") for row in method.rows if row.folder is not None]
+        ece = show("ece", method.mean("ece"), 1) if "ece" in method.cells else ""
+        alt = f"Reliability diagram of {visible(method.name, 60)}" + (f", calibration error {ece}." if ece else ".")
+        plot = plots.reliability(plots.pooled(diagrams), alt)
+        if plot is not None:
+            color = method.place % len(plots.COLORS)
+            drawn.append({"plot": plot, "name": method.name, "color": color, "ece": ece})
+    return drawn
+
+
+def _galleries(comparison: Comparison) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(samples that all methods were asked about, samples of each method where these differ)."""
+    known = []
+    for method in comparison.methods:
+        runs = [row.folder for row in method.rows if row.folder is not None and row.folder.gallery is not None]
+        if runs:
+            known.append((method, runs[0].gallery, class_names(runs[0].summary)))
+    found = [(m, g, names) for m, g, names in known if g is not None]
+    if not found:
+        return [], []
+    method, gallery, names = found[0]
+    color = len(plots.COLORS)
+    if len(found) > 1 and same_mixes([g for _, g, _ in found]):
+        shared = []
+        for i, sample in enumerate(samples(gallery, names, SHARED_SAMPLES)):
+            views = [
+                {"name": m.name, "color": m.place % color, "guesses": guesses(g, i, names)} for m, g, names in found
+            ]
+            shared.append({"images": sample.images, "parts": sample.parts, "views": views})
+        return shared, []
+    return [], [
+        {"name": m.name, "color": m.place % color, "samples": samples(g, names, OWN_SAMPLES)} for m, g, names in found
+    ]

@@ -1,0 +1,188 @@
+"""What the page of one run shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from hardmix.report import plots
+from hardmix.report.folder import MAX_SAMPLES, RunFolder
+from hardmix.report.plots import Line, Plot
+from hardmix.report.robustness_plots import section
+from hardmix.report.samples import samples
+from hardmix.report.text import MIXED, count, dig, duration, metric, number, plain, show, title_of, visible
+from hardmix.report.verdict import run_verdict
+
+#: Width of the learning curves in CSS pixels: two stand side by side.
+WIDE = 380
+
+
+class Reading(NamedTuple):
+    """One line of the table of test metrics."""
+
+    label: str
+    value: str
+    about: str
+    lower: bool
+
+
+class Share(NamedTuple):
+    """One bar of the measure on hard mixed samples."""
+
+    label: str
+    about: str
+    value: str
+    width: str
+
+
+def run_context(run: RunFolder) -> dict[str, Any]:
+    """Everything that run.html.j2 asks for."""
+    summary = run.summary
+    test = dig(summary, "test")
+    test = {str(key): number(value) for key, value in test.items()} if isinstance(test, dict) else {}
+    notes = list(run.notes)
+    names = class_names(summary)
+    diagram = dig(summary, "reliability")
+    reliability = None
+    if isinstance(diagram, dict):
+        alt = f"Reliability diagram over 15 bins of confidence; calibration error {show('ece', test.get('ece'))}."
+        reliability = plots.reliability(diagram, alt)
+    if test and reliability is None:
+        notes.append("The summary holds no reliability diagram.")
+    return {
+        "title": summary.get("name") or run.path.name or "run",
+        "finished": run.finished,
+        "verdict": run_verdict(run),
+        "facts": _facts(summary),
+        "notes": notes,
+        "metrics": [_reading(key, value) for key, value in test.items() if not is_mixed(key)],
+        "curves": run_curves(run),
+        "reliability": reliability,
+        "reliability_caption": Markup(plots.RELIABILITY_CAPTION),
+        "ece": Markup(" ECE&nbsp;{}.").format(show("ece", test.get("ece"))) if test.get("ece") is not None else "",
+        "mixed": _mixed(test),
+        "samples": samples(run.gallery, names, MAX_SAMPLES) if run.gallery is not None else [],
+        "robustness": section(run.path),
+        "recipe": run.recipe,
+        "details": _details(summary),
+    }
+
+
+def is_mixed(key: str) -> bool:
+    """Whether a metric is one of those on hard mixed samples."""
+    policy, _, ending = key.rpartition("_")
+    return bool(policy) and ending in MIXED
+
+
+def class_names(summary: dict[str, Any]) -> Sequence[Any]:
+    names = dig(summary, "data", "classes")
+    return names if isinstance(names, list) else []
+
+
+def _reading(key: str, value: float | None) -> Reading:
+    known = metric(key)
+    return Reading(known.label, show(key, value), known.about, known.lower_is_better)
+
+
+def _mixed(test: dict[str, float | None]) -> list[dict[str, Any]]:
+    """The hard-sample metrics grouped by the policy that mixed the test images."""
+    groups: dict[str, list[Share]] = {}
+    for key, value in test.items():
+        if is_mixed(key):
+            policy, _, ending = key.rpartition("_")
+            label, about = MIXED[ending]
+            width = f"{100 * min(1.0, max(0.0, value or 0.0)):.1f}"
+            groups.setdefault(policy, []).append(Share(label, about, show(key, value, 1), width))
+    return [{"title": title_of(policy), "rows": rows} for policy, rows in groups.items()]
+
+
+def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
+    """Loss, accuracy and learning rate over epochs, as far as the log has them."""
+    drawn: list[tuple[Plot, str]] = []
+    mixes = run.summary.get("policy") not in (None, "none")
+    x, loss = plots.thin(run.train, "loss")
+    if x:
+        alt = f"Training loss goes from {plain(loss[0], 3)} to {plain(loss[-1], 3)} over {plain(x[-1], 3)} epochs."
+        caption = "Training loss on mixed batches." if mixes else "Training loss."
+        drawn.append((plots.curves([Line(x, loss, 1)], alt, y_label="training loss", width=WIDE), caption))
+    lines, told = [], []
+    x, accuracy = plots.thin(run.train, "accuracy")
+    if x:
+        lines.append(Line(x, accuracy, 0, quiet=True))
+        told.append(f"training accuracy ends at {show('top1', accuracy[-1], 1)}")
+    x, top1 = plots.thin(run.validation, "top1")
+    if x:
+        lines.append(Line(x, top1, 1, points=True))
+        last, best = show("top1", top1[-1], 1), show("top1", max(top1), 1)
+        told.append(f"validation top-1 ends at {last}, its highest is {best}")
+    if lines:
+        alt = f"Accuracy over epochs: {'; '.join(told)}."
+        caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else "training top-1"
+        plot = plots.curves(lines, alt, y_label="accuracy", percent=True, width=WIDE)
+        drawn.append((plot, f"Blue: validation top-1. Grey: {caption}."))
+    for curve, key, label, caption in (
+        (run.validation, "nll", "validation NLL", "Validation negative log-likelihood."),
+        (run.train, "lr", "learning rate", "Learning rate."),
+    ):
+        x, y = plots.thin(curve, key)
+        if x:
+            alt = f"{caption[:-1]}, from {plain(y[0], 3)} to {plain(y[-1], 3)}."
+            drawn.append((plots.curves([Line(x, y, 1)], alt, y_label=label, zero=key == "lr", width=WIDE), caption))
+    return drawn
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The line of facts below the title; what is not known is left out."""
+    train = number(dig(summary, "data", "train"))
+    pairs = [
+        ("data", _text(dig(summary, "data", "name"))),
+        ("training images", None if train is None else count(train)),
+        ("model", _text(dig(summary, "model", "name"))),
+        ("parameters", _known(number(dig(summary, "model", "parameters")), count)),
+        ("seed", _text(summary.get("seed"))),
+        ("training time", _known(number(dig(summary, "seconds", "train")), duration)),
+    ]
+    return [(label, value) for label, value in pairs if value is not None]
+
+
+def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds = {key: number(dig(summary, "seconds", key)) for key in ("test", "total", "per_step")}
+    memory = number(summary.get("memory_mb"))
+    pairs = [
+        ("policy", title_of(summary.get("policy")) if summary else None),
+        ("objective", title_of(summary.get("objective")) if summary.get("objective") else None),
+        ("task", _text(summary.get("task"))),
+        ("validation images", _known(number(dig(summary, "data", "validation")), count)),
+        ("test images", _known(number(dig(summary, "data", "test")), count)),
+        ("classes", count(len(class_names(summary))) if class_names(summary) else None),
+        ("data source", _text(dig(summary, "data", "source"))),
+        ("data licence", _text(dig(summary, "data", "license"))),
+        ("device", _text(summary.get("device"))),
+        ("test time", _known(seconds["test"], duration)),
+        ("time in all", _known(seconds["total"], duration)),
+        ("time per step", None if seconds["per_step"] is None else step_time(seconds["per_step"])),
+        ("memory", None if memory is None else f"{count(memory)}\u00a0MB"),
+        *versions(summary.get("versions")),
+    ]
+    return [(label, value) for label, value in pairs if value is not None]
+
+
+def versions(stored: Any) -> list[tuple[str, str]]:
+    """(name, version) of each package that was used."""
+    return [(visible(key, 40), visible(value)) for key, value in stored.items()] if isinstance(stored, dict) else []
+
+
+def step_time(seconds: float | None) -> str:
+    """'12.3 ms'."""
+    return "n/a" if seconds is None or math.isnan(seconds) else f"{plain(1000 * seconds, 3)}\u00a0ms"
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or value == "" else visible(value)
+
+
+def _known(value: float | None, form: Any) -> str | None:
+    return None if value is None else form(value)

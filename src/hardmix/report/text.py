@@ -1,0 +1,190 @@
+"""The words of a report: names made harmless, numbers made readable, metrics explained."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Any, NamedTuple
+
+#: Longest name that is shown in full; what is cut off is counted.
+MAX_NAME = 160
+MAX_TEXT = 20_000
+
+#: Control, format (bidi, zero width), surrogate and private characters, line and paragraph separators.
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+
+
+class Metric(NamedTuple):
+    """How a metric is shown: a short label, one sentence for a reader, shares as per cent."""
+
+    label: str
+    about: str
+    percent: bool = False
+    lower_is_better: bool = False
+
+
+METRICS = {
+    "top1": Metric("top-1", "share of test images whose most likely class is the right one", percent=True),
+    "top5": Metric("top-5", "share of test images whose right class is among the five most likely", percent=True),
+    "nll": Metric("NLL", "negative log-likelihood: mean surprise at the right class, in nats", lower_is_better=True),
+    "ece": Metric(
+        "ECE",
+        "expected calibration error: mean gap between confidence and accuracy, over 15 bins",
+        percent=True,
+        lower_is_better=True,
+    ),
+}
+
+#: Endings of the metrics on mixed test images, whose names start with the policy that mixed them.
+MIXED = {
+    "both": ("both classes", "the two most likely classes are exactly the two mixed ones"),
+    "top2": ("in top 2", "mean over the two mixed classes of being among the two most likely"),
+    "either": ("either class", "the most likely class is one of the two mixed ones"),
+}
+
+TITLES = {
+    "mixup": "Mixup",
+    "cutmix": "CutMix",
+    "smoothmix": "SmoothMix",
+    "fmix": "FMix",
+    "gridmix": "GridMix",
+    "resizemix": "ResizeMix",
+    "saliencymix": "SaliencyMix",
+    "augmix": "AugMix",
+    "manifold-mixup": "Manifold Mixup",
+    "random-choice": "a random choice of policies",
+    "scheduled": "a scheduled policy",
+    "none": "no mixing",
+    "decoupled-mixup": "Decoupled Mixup",
+    "decoupled-mixup-bce": "Decoupled Mixup (BCE)",
+    "soft-cross-entropy": "cross-entropy",
+    "soft-bce": "BCE",
+}
+
+
+def visible(value: Any, limit: int = MAX_NAME, keep: str = "") -> str:
+    """A text that can't hide or reorder anything: invisible characters become [U+202E], long texts are cut and counted.
+
+    Args:
+        value: anything; it is turned into a string first.
+        limit: number of characters that are kept.
+        keep: control characters to leave alone, such as the newline of a file.
+    """
+    text = value if isinstance(value, str) else str(value)
+    shown = "".join(
+        f"[U+{ord(c):04X}]" if unicodedata.category(c) in _HIDDEN and c not in keep else c for c in text[:limit]
+    )
+    return shown if len(text) <= limit else f"{shown}... ({len(text):,} characters)"
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else (missing, NaN, text, booleans)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+def dig(tree: Any, *keys: str) -> Any:
+    """tree[k1][k2]..., or None as soon as a step is missing or is not a table."""
+    for key in keys:
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+def metric(key: str) -> Metric:
+    """What is known of a metric; an unknown one is shown under its own name."""
+    if key in METRICS:
+        return METRICS[key]
+    policy, _, ending = key.rpartition("_")
+    if policy and ending in MIXED:
+        label, about = MIXED[ending]
+        title = title_of(policy)
+        return Metric(f"{title}: {label}", f"half-and-half {title} test images: {about}", percent=True)
+    return Metric(key, "")
+
+
+def title_of(name: Any) -> str:
+    """The usual spelling of a policy or an objective."""
+    return TITLES.get(name, name) if isinstance(name, str) else "no mixing" if name is None else str(name)
+
+
+def method_title(policy: Any, objective: Any) -> str:
+    """'Mixup with Decoupled Mixup'."""
+    title = f"{title_of(policy)} with {title_of(objective)}" if objective else title_of(policy)
+    return title[:1].upper() + title[1:]
+
+
+def show(key: str, value: float | None, digits: int = 2) -> str:
+    """A metric's value: '89.31 %' for shares, four significant digits otherwise, 'n/a' where there is none."""
+    if value is None:
+        return "n/a"
+    if metric(key).percent:
+        return f"{minus(f'{100 * value:.{digits}f}')}\u00a0%"
+    return minus(f"{value:#.4g}".rstrip("."))
+
+
+def show_difference(key: str, value: float | None, digits: int = 2) -> str:
+    """A signed difference: '+1.23 points' for shares."""
+    if value is None:
+        return "n/a"
+    if metric(key).percent:
+        return f"{minus(f'{100 * value:+.{digits}f}')}\u00a0points"
+    return minus(f"{value:+.3g}")
+
+
+def show_range(key: str, low: float | None, high: float | None, *, signed: bool = False, digits: int = 2) -> str:
+    """'88.9 to 89.7' without the unit, or an empty string where there is no interval."""
+    if low is None or high is None:
+        return ""
+    if metric(key).percent:
+        ends = [f"{100 * v:{'+' if signed else ''}.{digits}f}" for v in (low, high)]
+    else:
+        # As many decimals for both ends as the larger one needs for three digits, or four without a sign.
+        largest = max(abs(low), abs(high))
+        places = min(12, max(0, (2 if signed else 3) - math.floor(math.log10(largest)))) if largest else 0
+        ends = [f"{v:{'+' if signed else ''}.{places}f}" for v in (low, high)]
+    return " to ".join(minus(end) for end in ends)
+
+
+def plain(value: float | None, digits: int = 4) -> str:
+    """Significant digits, or 'n/a'."""
+    return "n/a" if value is None else minus(f"{value:.{digits}g}")
+
+
+def count(value: Any) -> str:
+    """'3,000', or 'n/a'."""
+    whole = number(value)
+    return "n/a" if whole is None else minus(f"{whole:,.0f}")
+
+
+def p_value(p: float | None) -> str:
+    """'p = 0.012', 'p < 0.001', or an empty string."""
+    if p is None:
+        return ""
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}" if p < 0.1 else f"p\u00a0=\u00a0{p:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """'48 s', '2 min 5 s', '1 h 3 min'."""
+    if seconds is None:
+        return "n/a"
+    if seconds < 10:
+        return f"{seconds:.2g}\u00a0s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}\u00a0s"
+    if whole < 3600:
+        return f"{whole // 60}\u00a0min {whole % 60}\u00a0s"
+    return f"{whole // 3600:,}\u00a0h {whole % 3600 // 60}\u00a0min"
+
+
+def minus(text: str) -> str:
+    """A minus sign instead of a hyphen, and none before a zero."""
+    zero = not any(c in "123456789" for c in text.split("e")[0])
+    return text.lstrip("-") if zero else text.replace("-", "\u2212")
