@@ -1,0 +1,389 @@
+"""The command line: a few verbs over recipes."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hardmix import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train with hard mixed samples, compare with intervals, and report on real data.",
+    epilog="Start with [bold]hardmix demo[/bold]. `hardmix list` shows recipes and the names that they may use.",
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+#: what --smoke sets
+SMOKE = (
+    "data.train_samples=320",
+    "train.epochs=1",
+    "train.batch_size=64",
+    "train.warmup_epochs=0",
+    "train.log_every=1",
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. --set train.epochs=5. May be repeated."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write into.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds (0, 1, ...) for each recipe.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=0, help="Runs side by side; 0: one per core on a CPU, one on a GPU.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(f"hardmix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    seeds: Seeds = 3,
+    jobs: Jobs = 0,
+    sets: Sets = None,
+) -> None:
+    """Train none, Mixup, Mixup+DM, CutMix and CutMix+DM on real data that comes with the install; write a report.
+
+    Takes a few minutes on two cores. The same command goes on where an interrupted one stopped.
+    """
+    names = ["demo-none", "demo-mixup", "demo-mixup-dm", "demo-cutmix", "demo-cutmix-dm"]
+    _compare(names, seeds, out or Path("runs/demo"), jobs, sets, title="What Decoupled Mixup does to Mixup and CutMix")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with a run folder from its last checkpoint.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Shorten to seconds: does the whole path work?")] = False,
+) -> None:
+    """Train one recipe: `hardmix run fashion-cutmix-dm --set train.epochs=5`.
+
+    The run folder (default runs/NAME/seed-S) holds recipe.toml, metrics.jsonl, summary.json, checkpoints, report.html.
+    """
+    from hardmix.train.loop import run_recipe
+    from hardmix.train.recipe import RecipeError, load_recipe
+
+    if (recipe is None) == (resume is None):
+        raise RecipeError("pass either a recipe to start or --resume RUN to go on; `hardmix list` shows the recipes.")
+    if resume is not None:
+        loaded = load_recipe(str(resume / "recipe.toml"), sets)
+        folder = resume
+    else:
+        loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else [])])
+        loaded = loaded if seed is None else loaded.with_seed(seed)
+        folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
+    with _one_bar(loaded.name) as tell:
+        summary = run_recipe(loaded, folder, resume=resume is not None, progress=tell)
+    _print_summary(summary)
+    _say_where("Report", folder / "report.html")
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Two or more recipes; the first is the baseline.")],
+    seeds: Seeds = 5,
+    out: Out = None,
+    jobs: Jobs = 0,
+    sets: Sets = None,
+) -> None:
+    """Train recipes on the same seeds; print means, 95 % intervals and paired tests against the first; write a report.
+
+    Finished runs in the output folder are kept, so the same command goes on where an interrupted one stopped.
+    """
+    _compare(recipes, seeds, out or Path("runs") / ("compare-" + "-".join(map(_stem, recipes)))[:100], jobs, sets)
+
+
+@app.command("eval")
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, best or a step number.")] = "last",
+    data_path: Annotated[str, typer.Option("--data-path", help="Where the data set is, if it has moved.")] = "",
+) -> None:
+    """Measure a trained run on its test split again, from a checkpoint."""
+    from hardmix.train.evaluate import evaluate_run
+
+    result = evaluate_run(run_folder, checkpoint, data_path)
+    _print_metrics(result["test"], f"{result['name']}, checkpoint of step {result['step']}")
+
+
+@app.command()
+def show(
+    policy: Annotated[str, typer.Argument(help="A policy's name, e.g. cutmix; `hardmix list` shows them.")],
+    data: Annotated[str, typer.Option("--data", help="Data set to take images from.")] = "fashion-mini",
+    data_path: Annotated[str, typer.Option("--data-path", help="Where the data set is.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="PNG file; default show-POLICY.png.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=32, help="Samples to draw.")] = 6,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the policy, e.g. alpha=0.2.")
+    ] = None,
+) -> None:
+    """Draw a labelled picture of mixed samples: own, partner, mask, mix and weights."""
+    from hardmix.train.show import show_policy
+
+    path = out or Path(f"show-{policy}.png")
+    lines = show_policy(policy, data, data_path, path, rows=rows, seed=seed, sets=sets)
+    for line in lines:
+        console.print(escape(line))
+    _say_where("Picture", path)
+
+
+@app.command()
+def data() -> None:
+    """List the data sets: what each holds, where it was found or looked for, and the command that gets the rest."""
+    from hardmix.data.catalog import survey
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "what", "train + test", "licence", "found"):
+        table.add_column(column, overflow="fold")
+    missing = []
+    for place in survey():
+        entry = place.entry
+        count = f"{entry.train:,} + {entry.test:,}" if entry.train else ""
+        found = "no" if place.path is None else f"[green]{escape(place.path)}[/green]"
+        table.add_row(escape(entry.name), escape(entry.title), count, escape(entry.license), found)
+        if place.path is None:
+            missing.append(place)
+    console.print(table)
+    for place in missing:
+        console.print(f"\n[bold]{escape(place.entry.name)}[/bold]: {escape(place.get)}", soft_wrap=True)
+        if place.looked:
+            console.print(f"  looked in {escape(', '.join(place.looked))}", soft_wrap=True)
+
+
+@app.command("list")
+def list_names() -> None:
+    """Recipes that come with the package, and the names that a recipe may use."""
+    from hardmix import tables
+    from hardmix.data.catalog import CATALOG
+    from hardmix.models.build import MODELS
+    from hardmix.train.recipe import read_toml, shipped
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe")
+    table.add_column("about", overflow="fold")
+    for name in shipped():
+        table.add_row(name, escape(read_toml(name).get("about", "")))
+    console.print(table)
+    for kind, names in {
+        "policies": tables.POLICIES,
+        "objectives": tables.OBJECTIVES,
+        "models": [*MODELS, "timm/NAME"],
+        "data sets": CATALOG,
+    }.items():
+        console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
+
+
+@app.command()
+def copy(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    to: Annotated[Path | None, typer.Argument(help="TOML file to write; default NAME.toml here.")] = None,
+) -> None:
+    """Copy a shipped recipe to a file to edit, with every default written out."""
+    from hardmix.train.files import write_text
+    from hardmix.train.recipe import RecipeError, load_recipe
+
+    resolved = load_recipe(recipe)
+    path = to or Path(f"{resolved.name}.toml")
+    if path.exists():
+        raise RecipeError(f"{path} exists; choose another file, nothing was written.")
+    write_text(path, resolved.to_toml())
+    _say_where("Recipe", path)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run or comparison folder.")]) -> None:
+    """Write report.html of a run or a comparison again."""
+    from hardmix.report.page import write_comparison_report, write_run_report
+
+    write = write_comparison_report if (folder / "comparison.json").is_file() else write_run_report
+    _say_where("Report", write(folder))
+
+
+def main() -> None:
+    """Entry point: our own errors end in one sentence, anything else in a traceback."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        errors.print(f"[red]hardmix:[/red] {escape(_message(error))}", soft_wrap=True)
+        raise SystemExit(code) from None
+
+
+def _exit_code(error: Exception) -> int | None:
+    """130 / 143 for an interrupted run, 3 for a run that broke, 2 for bad input, None for a bug of ours."""
+    from hardmix.train.loop import Interrupted, RunError
+    from hardmix.train.state import CheckpointError
+
+    if isinstance(error, Interrupted):
+        return 128 + error.signum
+    if isinstance(error, (RunError, CheckpointError)):
+        return 3
+    if hasattr(error, "exit_code"):  # click's own, with its usage line
+        return int(error.exit_code)
+    return 2 if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
+
+
+def _message(error: Exception) -> str:
+    return error.format_message() if hasattr(error, "format_message") else str(error)
+
+
+def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str] | None, title: str = "") -> None:
+    from hardmix.train.compare import compare as run_comparison
+    from hardmix.train.recipe import load_recipe
+
+    recipes = [load_recipe(name, sets) for name in names]
+    command = shlex.join(["hardmix", *sys.argv[1:]])
+    labels = [f"{recipe.name} seed {seed}" for seed in range(seeds) for recipe in recipes]
+    with _many_bars(labels) as watch:
+        result = run_comparison(
+            recipes, list(range(seeds)), out, workers=jobs, command=command, title=title, watch=watch
+        )
+    _print_comparison(result)
+    _say_where("Report", out / "report.html")
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem
+
+
+def _say_where(what: str, path: Path) -> None:
+    console.print(f"{what}: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
+
+
+def _columns() -> list[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+
+
+def _note(event: dict[str, Any]) -> str:
+    return f"loss {event['loss']:.3f} acc {event['accuracy']:.3f} {event['images_per_s']:,.0f} images/s"
+
+
+@contextmanager
+def _one_bar(name: str) -> Iterator[Any]:
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=console) as bar:
+        task = bar.add_task(escape(name), total=None, note="")
+
+        def tell(event: dict[str, Any]) -> None:
+            note = f"epoch {event['epoch']}/{event['epochs']} {_note(event)}"
+            bar.update(task, total=event["steps"], completed=event["step"], note=note)
+
+        yield tell
+
+
+@contextmanager
+def _many_bars(labels: list[str]) -> Iterator[Any]:
+    """One bar for all runs, one for each run that is going on."""
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=console) as bar:
+        # In hundredths of a run, so that the time left is known long before the first run ends.
+        share = dict.fromkeys(range(len(labels)), 0.0)
+        whole = bar.add_task("[bold]all runs[/bold]", total=100 * len(labels), note="")
+        open_bars: dict[int, Any] = {}
+
+        def watch(number: int, event: dict[str, Any]) -> None:
+            if event.get("done"):
+                share[number] = 100.0
+                if number in open_bars:
+                    bar.remove_task(open_bars.pop(number))
+            else:
+                if number not in open_bars:
+                    open_bars[number] = bar.add_task(escape(labels[number]), total=event["steps"], note="")
+                bar.update(open_bars[number], completed=event["step"], note=_note(event))
+                share[number] = 100.0 * event["step"] / event["steps"]
+            done = sum(value == 100.0 for value in share.values())
+            bar.update(whole, completed=int(sum(share.values())), note=f"{done} of {len(labels)} done")
+
+        yield watch
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    _print_metrics(
+        summary["test"], f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test images"
+    )
+
+
+def _print_metrics(test: dict[str, Any], title: str) -> None:
+    table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for key in test:
+        table.add_column(key, justify="right")
+    table.add_row(*("n/a" if value is None else f"{value:.4f}" for value in test.values()))
+    console.print(table)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    """Means with 95 % intervals, and the paired difference of top-1 against the first recipe."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe")
+    for metric in result["metrics"]:
+        table.add_column(metric, justify="right")
+    table.add_column("top1 vs first", justify="right")
+    table.add_column("p (Holm)", justify="right")
+    for row in result["table"]:
+        cells = [_interval(row["metrics"][metric]) for metric in result["metrics"]]
+        test = (row["versus_first"] or {}).get("top1")
+        versus = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]" if test else ""
+        table.add_row(escape(row["name"]), *cells, escape(versus), f"{test['p_holm']:.3f}" if test else "")
+    console.print(table)
+    seeds = len(result["seeds"])
+    console.print(
+        f"Mean over {seeds} seed{'s' if seeds > 1 else ''} with 95 % interval; paired t-test, Holm-corrected."
+    )
+
+
+def _interval(value: dict[str, Any]) -> str:
+    if value["low"] is None:
+        return f"{value['mean']:.4f}"
+    return f"{value['mean']:.4f} ±{(value['high'] - value['low']) / 2:.4f}"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -1,0 +1,165 @@
+"""The command line, called as a user calls it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hardmix import tables
+from hardmix.cli import main
+
+#: seconds instead of minutes
+QUICK = [
+    "--set", "data.name=digits", "--set", "data.train_samples=100", "--set", "train.epochs=1",
+    "--set", "train.batch_size=32", "--set", "model.name=small-cnn", "--set", "model.options={width = 4}",
+    "--set", "train.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Call `hardmix ARGS` in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hardmix", *args])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize("verb", ["demo", "run", "compare", "eval", "show", "data", "list", "copy", "report"])
+def test_help_says_what_each_verb_does(cli, verb):
+    code, out, _ = cli(verb, "--help")
+    assert code == 0
+    assert f"hardmix {verb}" in out
+    assert len(out) > 200
+
+
+def test_run_eval_report_and_resume(cli, tmp_path):
+    code, out, err = cli("run", "demo-mixup-dm", *QUICK, "--out", "mine")
+    assert code == 0, err
+    assert "mine/report.html" in out
+    summary = json.loads((tmp_path / "mine/summary.json").read_text())
+    assert summary["objective"] == "decoupled-mixup"
+
+    code, out, _ = cli("eval", "mine")
+    assert code == 0
+    assert f"{summary['test']['top1']:.4f}" in out
+
+    (tmp_path / "mine/report.html").unlink()
+    assert cli("report", "mine")[0] == 0
+    assert (tmp_path / "mine/report.html").is_file()
+
+    code, _, err = cli("run", "demo-mixup-dm", *QUICK, "--out", "mine")
+    assert code == 3
+    assert "pass --resume" in err
+    assert cli("run", "--resume", "mine")[0] == 0
+
+
+def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_jobs(cli, tmp_path):
+    args = ["compare", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
+    code, out, err = cli(*args, "--jobs", "1", "--out", "one")
+    assert code == 0, err
+    assert "paired t-test" in out
+    result = json.loads((tmp_path / "one/comparison.json").read_text())
+    assert [row["name"] for row in result["table"]] == ["demo-mixup", "demo-mixup-dm"]
+    assert result["table"][0]["versus_first"] is None
+    versus = result["table"][1]["versus_first"]["top1"]
+    values = [row["metrics"]["top1"]["values"] for row in result["table"]]
+    assert versus["difference"] == pytest.approx(sum(b - a for a, b in zip(*values, strict=True)) / 2)
+    with open(tmp_path / "one/comparison.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 5
+    assert (tmp_path / "one/report.html").stat().st_size > 10_000
+
+    kept = (tmp_path / "one/demo-mixup/seed-0/metrics.jsonl").stat().st_mtime_ns
+    assert cli(*args, "--jobs", "1", "--out", "one")[0] == 0
+    assert (tmp_path / "one/demo-mixup/seed-0/metrics.jsonl").stat().st_mtime_ns == kept
+
+    assert cli(*args, "--jobs", "2", "--out", "two")[0] == 0
+    again = json.loads((tmp_path / "two/comparison.json").read_text())
+    assert [run["test"] for run in again["runs"]] == [run["test"] for run in result["runs"]]
+
+
+@pytest.mark.parametrize("name", [name for name in tables.POLICIES if name not in ("random-choice", "scheduled")])
+def test_show_draws_every_policy(cli, tmp_path, name):
+    more = ["--set", 'layers=["stage1"]'] if name == "manifold-mixup" else []
+    code, out, err = cli("show", name, "--data", "digits", "--rows", "3", *more)
+    assert code == 0, err
+    assert f"show-{name}.png" in out
+    assert (tmp_path / f"show-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_and_list_name_everything(cli):
+    code, out, _ = cli("data")
+    assert code == 0
+    for name in ("fashion-mini", "digits", "cifar10", "folder"):
+        assert name in out
+    code, out, _ = cli("list")
+    assert code == 0
+    for name in [*tables.POLICIES, *tables.OBJECTIVES, "small-resnet", "demo-cutmix-dm"]:
+        assert name in out
+
+
+def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
+    assert cli("copy", "demo-mixup", "mine.toml")[0] == 0
+    assert "alpha" in (tmp_path / "mine.toml").read_text()
+    code, _, err = cli("copy", "demo-mixup", "mine.toml")
+    assert code == 2
+    assert "mine.toml exists" in err
+    assert cli("run", "mine.toml", *QUICK, "--out", "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["run", "demo-mixupp"], 2, 'did you mean "demo-mixup"'),
+        (["run"], 2, "pass either a recipe to start or --resume"),
+        (["run", "demo-mixup", "--set", "policy.alpha=-1"], 2, "alpha is -1"),
+        (["run", "demo-mixup", "--set", "data.name=cifar10", "--set", "data.path=nowhere"], 2, "nowhere"),
+        (["run", "demo-mixup", "--set", "data.train_samples=3"], 2, "3"),
+        (["compare", "demo-mixup", "demo-mixup"], 3, "two recipes are called demo-mixup"),
+        (["show", "cutmixx"], 2, 'did you mean "cutmix"'),
+        (["eval", "nowhere"], 2, "nowhere"),
+        (["report", "nowhere"], 2, "nowhere"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_writes_nothing(cli, tmp_path, args, code, message):
+    got, out, err = cli(*args)
+    assert got == code, (out, err)
+    assert message in err
+    assert "Traceback" not in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, signum, code):
+    long = [*QUICK, "--set", "train.epochs=2000", "--set", "train.log_every=1"]
+    command = [sys.executable, "-m", "hardmix", "run", "demo-mixup", *long, "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.is_file() and log.stat().st_size > 500):
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "hardmix run --resume run" in err
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert not Path(tmp_path / "run/summary.json").exists()
