@@ -98,25 +98,29 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
     if _is_traced(x) or not x.is_cpu:
         return _paste_mask(x, partner, box, out)
     partners = partner.tolist()
-    places = _places(box)
-    rows = _as_array(x)
-    if out is not x:
-        out = x.clone() if out is None else out.copy_(x)
-        for own, j, place in zip(_as_array(out), partners, places, strict=True):
-            own[place] = rows[j][place]
-        return out
-    cycles = _cycles(partners)
+    cycles = _cycles(partners) if out is x else []
     if cycles is None:
         return _paste_mask(x, partner, box, out)
+    large = _has_large_rows(x)
+    if out is not x:
+        out = torch.empty_like(x) if out is None else out
+        if not large:
+            out.copy_(x)
+    rows, mixed, places = _as_array(x), _as_array(out), _places(box)
+    if out is not x:
+        for own, row, j, place in zip(mixed, rows, partners, places, strict=True):
+            if large:  # copied here, so that the box is written while the row is in the cache
+                own[...] = row
+            own[place] = rows[j][place]
     for cycle in cycles:
         first, last = cycle[0], cycle[-1]
         saved = rows[first][places[last]].copy()
         for i, j in pairwise(cycle):
             rows[i][places[i]] = rows[j][places[i]]
         rows[last][places[last]] = saved
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # NumPy wrote behind autograd's back
-    return x
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # NumPy wrote behind autograd's back
+    return out
 
 
 def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

@@ -33,7 +33,9 @@ def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
 
 
 def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """x with each row's partner shown whole inside the row's box of whole pixels."""
+    """x with each row's partner shown whole inside the row's box of whole pixels; `out` may be `x` itself."""
+    if out is x:
+        x = x.clone()  # a row may be its partner's partner
     if _row_by_row(x, box):
         return _fill_windows(torch.empty_like(x) if out is None else out, x, partner, box, around=x)
     return blend.blend_rows(x, resize_into_boxes(x, partner, box), blend.box_mask(box, tuple(x.shape[2:])), out=out)

@@ -96,7 +96,8 @@ class MixedTarget(NamedTuple):
         num_labels = _check.integer(who, "num_labels", num_labels, 1)
         floor = dense.amin(1, keepdim=True) if num_classes > num_labels else torch.zeros_like(dense[:, :1])
         top = min(num_labels, num_classes)
-        weights, labels = (dense - floor).topk(top, dim=1)
+        weights, labels = dense.topk(top, dim=1)
+        weights = weights - floor
         if top < num_labels:
             weights = torch.nn.functional.pad(weights, (0, num_labels - top))
             labels = torch.cat([labels, labels[:, :1].expand(-1, num_labels - top)], 1)

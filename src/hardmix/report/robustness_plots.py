@@ -16,13 +16,35 @@ FILE = "robustness.json"
 MOST = 60
 
 
+class Head(NamedTuple):
+    """The head of a column; `color` where it is a method's."""
+
+    name: str
+    color: int | None = None
+
+
+class Cell(NamedTuple):
+    """A value and what stands below it in small."""
+
+    value: str
+    below: str = ""
+
+
+class Row(NamedTuple):
+    """A line of a table and what its name means."""
+
+    name: str
+    about: str
+    cells: list[Cell]
+
+
 class Table(NamedTuple):
-    """A small table: its title, what it says, the heads of its columns, and rows of (name, colour or None, cells)."""
+    """A small table: its title and what it says."""
 
     title: str
     about: str
-    heads: list[str]
-    rows: list[tuple[str, int | None, list[str]]]
+    heads: list[Head]
+    rows: list[Row]
 
 
 def section(folder: Path) -> dict[str, Any] | None:
@@ -37,7 +59,7 @@ def section(folder: Path) -> dict[str, Any] | None:
     shown = _comparison(stored) if isinstance(stored.get("table"), list) else _run(stored)
     if not notes and not shown["plots"] and not shown["tables"]:
         notes.append(f"{FILE} holds no measurement that can be shown.")
-    return {"sentences": [], **shown, "notes": notes}
+    return {"sentences": [], "diagrams": [], "key": [], **shown, "notes": notes}
 
 
 def _run(stored: dict[str, Any]) -> dict[str, Any]:
@@ -51,19 +73,20 @@ def _run(stored: dict[str, Any]) -> dict[str, Any]:
             BOTH,
         ),
     ]
+    diagrams = []
     for key, words in (("before", "as trained"), ("after", "after temperature scaling")):
         diagram = dig(stored, "calibration", key, "reliability")
         error = _percent(number(dig(stored, "calibration", key, "ece")))
         if isinstance(diagram, dict):
             alt = f"Reliability diagram {words}; calibration error {error}."
             plot = plots.reliability({k: _items(v) for k, v in diagram.items()}, alt)
-            drawn.append(None if plot is None else (plot, f"Calibration {words}: ECE {error}."))
+            diagrams.append(None if plot is None else (plot, f"Calibration {words}: ECE {error}."))
     tables = [_fgsm(stored), _corruptions(stored), _training(stored)]
     return {
         "sentences": _sentences(stored),
         "plots": [pair for pair in drawn if pair is not None],
+        "diagrams": [pair for pair in diagrams if pair is not None],
         "tables": [table for table in tables if table is not None],
-        "key": [],
     }
 
 
@@ -112,22 +135,22 @@ def _fgsm(stored: dict[str, Any]) -> Table | None:
     points = _points(stored, "fgsm", "epsilons", "accuracy")
     if not points:
         return None
-    heads = [f"{plain(255 * x, 3)}/255" for x, _ in points]
+    heads = [Head(f"{plain(255 * x, 3)}/255") for x, _ in points]
     about = "Accuracy after one step of so many levels along the sign of the gradient (FGSM)."
-    return Table("Attacked", about, heads, [("accuracy", None, [_percent(y) for _, y in points])])
+    return Table("Attacked", about, heads, [Row("accuracy", "", [Cell(_percent(y)) for _, y in points])])
 
 
 def _corruptions(stored: dict[str, Any]) -> Table | None:
     kinds = dig(stored, "corruptions", "accuracy")
-    heads = [plain(v) for v in map(number, _items(dig(stored, "corruptions", "severities"))) if v is not None]
-    rows: list[tuple[str, int | None, list[str]]] = []
+    heads = [Head(plain(v)) for v in map(number, _items(dig(stored, "corruptions", "severities"))) if v is not None]
+    rows = []
     for name, values in list(kinds.items())[:MOST] if isinstance(kinds, dict) else []:
         known = [number(value) for value in _items(values)]
         if len(known) == len(heads) and heads:
             mean = None if None in known else sum(v for v in known if v is not None) / len(known)
-            rows.append((visible(name, 60), None, [_percent(v) for v in (*known, mean)]))
+            rows.append(Row(visible(name, 60), "", [Cell(_percent(v)) for v in (*known, mean)]))
     about = "Accuracy by severity, from 1, the mildest."
-    return Table("Corrupted", about, [*heads, "mean"], rows) if rows else None
+    return Table("Corrupted", about, [*heads, Head("mean")], rows) if rows else None
 
 
 def _training(stored: dict[str, Any]) -> Table | None:
@@ -138,13 +161,13 @@ def _training(stored: dict[str, Any]) -> Table | None:
         "clean": "training images, unmixed",
         "validation": "validation images",
     }
-    rows: list[tuple[str, int | None, list[str]]] = [
-        (text, None, [_percent(value)])
+    rows = [
+        Row(text, "", [Cell(_percent(value))])
         for key, text in names.items()
         if (value := number(dig(stored, "training", key))) is not None
     ]
     about = "The same weights on training images, mixed and as they are."
-    return Table("Training accuracy", about, ["accuracy"], rows) if rows else None
+    return Table("Training accuracy", about, [Head("accuracy")], rows) if rows else None
 
 
 def _comparison(stored: dict[str, Any]) -> dict[str, Any]:
@@ -166,27 +189,33 @@ def _comparison(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measures(stored: dict[str, Any], methods: list[dict[str, Any]], names: list[str]) -> Table | None:
-    """Means of each measure, with the 95 % interval and, below, the difference from the first method."""
+    """One line a measure, one column a method: mean and 95 % interval and, below, the difference from the first."""
     from hardmix.train.robustness import MEASURES
 
     keys = [key for key in map(str, _items(stored.get("measures"))) if key in MEASURES]
     if not keys or not methods:
         return None
-    rows: list[tuple[str, int | None, list[str]]] = []
-    for place, (name, row) in enumerate(zip(names, methods, strict=True)):
-        cells = [_cell(dig(row, "measures", key), MEASURES[key].percent) for key in keys]
-        rows.append((name, place % len(plots.COLORS), cells))
-        if place and any(isinstance(dig(row, "versus_first", key), dict) for key in keys):
-            versus = [_difference(dig(row, "versus_first", key), MEASURES[key].percent) for key in keys]
-            rows.append(("against the first", None, versus))
+    rows = []
+    for key in keys:
+        measure = MEASURES[key]
+        cells = [
+            Cell(
+                _mean(dig(row, "measures", key), measure.percent),
+                _difference(dig(row, "versus_first", key), measure.percent),
+            )
+            for row in methods
+        ]
+        about = measure.about + (" (lower is better)" if measure.lower_is_better else "")
+        rows.append(Row(measure.label, about, cells))
     about = (
-        "Mean over the seeds with its 95 % interval; differences from the first method, with p of the paired t test "
+        "Mean over the seeds with its 95 % interval. Below: the difference from the first method, with p of the paired "
+        "t test after Holm's correction for several methods. The training lines explain; they don't rank."
     )
-    about += "after Holm's correction. Lower is better for NLL and ECE; the training columns explain, they don't rank."
-    return Table("All measures", about, [MEASURES[key].label for key in keys], rows)
+    heads = [Head(name, place % len(plots.COLORS)) for place, name in enumerate(names)]
+    return Table("All measures", about, heads, rows)
 
 
-def _cell(stored: Any, percent: bool) -> str:
+def _mean(stored: Any, percent: bool) -> str:
     mean, low, high = (number(dig(stored, key)) for key in ("mean", "low", "high"))
     shown = _percent(mean) if percent else plain(mean)
     if mean is None or low is None or high is None:
@@ -198,7 +227,7 @@ def _cell(stored: Any, percent: bool) -> str:
 def _difference(stored: Any, percent: bool) -> str:
     value, p = (number(dig(stored, key)) for key in ("difference", "p_holm"))
     if value is None:
-        return "n/a"
+        return ""
     shown = f"{100 * value:+.1f}" if percent else f"{value:+.2g}"
     return minus(shown) + ("" if p is None else f" ({p_value(p)})")
 

@@ -59,14 +59,16 @@ class Component(BaseModel):
 
 
 class DataSection(_Section):
-    name: str = "fashion-mini"
-    path: str = Field("", description="folder or file of the data set; empty: look in the known places")
+    name: str = Field("fashion-mini", description="data set, one of the catalogue")
+    path: str = Field("", description="folder of the data set; empty: look in the known places")
     train_samples: int = Field(0, ge=0, description="stratified subset of the training split; 0: all")
     validation: Float = Field(
         0.1, ge=0.0, lt=1.0, description="share of the training images to validate on, unless the set has its own"
     )
-    image_size: int = Field(0, ge=0, description="side in pixels for image folders; 0: the data set's own")
-    augment: list[str] = Field(default_factory=lambda: ["flip", "crop"])
+    image_size: int = Field(0, ge=0, description="side in pixels that images are scaled to; 0: the data set's own")
+    augment: list[str] = Field(
+        default_factory=lambda: ["flip", "crop"], description="random views of the training images, in this order"
+    )
     workers: int = Field(0, ge=0, le=64, description="processes that read and decode images")
     on_error: Literal["raise", "skip"] = Field("raise", description="what to do with images that can't be read")
 
@@ -85,8 +87,10 @@ class DataSection(_Section):
 
 
 class ModelSection(_Section):
-    name: str = "small-resnet"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field("small-resnet", description="backbone, one of this package's or timm/NAME")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what the backbone takes; checkpoint = a file of weights to start from"
+    )
 
     @field_validator("name")
     @classmethod
@@ -105,19 +109,19 @@ class ModelSection(_Section):
 
 
 class TrainSection(_Section):
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(128, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Float = Field(0.1, gt=0.0)
-    weight_decay: Float = Field(5e-4, ge=0.0)
-    momentum: Float = Field(0.9, ge=0.0, lt=1.0)
-    warmup_epochs: Float = Field(1.0, ge=0.0)
+    epochs: int = Field(20, ge=1, description="passes over the training images; what does not fill a batch is left out")
+    batch_size: int = Field(128, ge=1, description="images of a step, all processes together")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    lr: Float = Field(0.1, gt=0.0, description="learning rate after the warm-up; falls to 0 along half a cosine")
+    weight_decay: Float = Field(5e-4, ge=0.0, description="of matrices and filters; norms and biases have none")
+    momentum: Float = Field(0.9, ge=0.0, lt=1.0, description="of SGD")
+    warmup_epochs: Float = Field(1.0, ge=0.0, description="epochs in which the learning rate rises linearly")
     clip_norm: Float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
     accumulate: int = Field(1, ge=1, description="parts that a batch is split into, one backward each")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay fp32")
     ema: Float = Field(0.0, ge=0.0, lt=1.0, description="decay of the averaged weights that are evaluated; 0: off")
-    channels_last: bool = True
-    device: Literal["auto", "cpu"] = "auto"
+    channels_last: bool = Field(True, description="memory format of images and filters")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU if there is one")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's own choice")
     log_every: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
@@ -125,21 +129,25 @@ class TrainSection(_Section):
 
 class EvalSection(_Section):
     every: int = Field(1, ge=1, description="epochs between two evaluations")
-    batch_size: int = Field(500, ge=1)
+    batch_size: int = Field(500, ge=1, description="images that are evaluated at once")
     checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
 
 
 class Recipe(_Section):
     """One training run, resolved: every default is written out."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
-    about: str = ""
-    task: Literal["classification"] = "classification"
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="up to 80 letters, digits, dots, dashes, underscores"
+    )
+    about: str = Field("", description="one line for `hardmix list`")
+    task: Literal["classification"] = Field("classification", description="kind of target")
+    seed: int = Field(0, ge=0, lt=2**31, description="what all random numbers of the run follow from")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
-    policy: Component | None = None
-    objective: Component = Field(default_factory=lambda: Component(name="soft-cross-entropy"))
+    policy: Component | None = Field(None, description="mixing policy and its settings; without it nothing is mixed")
+    objective: Component = Field(
+        default_factory=lambda: Component(name="soft-cross-entropy"), description="objective and its settings"
+    )
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
 

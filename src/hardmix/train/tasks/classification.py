@@ -101,7 +101,6 @@ class Classification:
             accuracy = mixed_accuracy(logits.detach(), target)
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
-    @torch.no_grad()
     def predict(self, model: nn.Module, images: ImageSet, device: torch.device) -> Tensor:
         """(N, C) probabilities of a split, on the CPU, without augmentation."""
         parts = [
@@ -144,7 +143,6 @@ class Classification:
             "objective": recipe.objective.name,
         }
 
-    @torch.no_grad()
     def write_gallery(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """Mixed test images, their labels and what the model says: the same images for every recipe on this data."""
         from safetensors.torch import save
@@ -213,6 +211,7 @@ class Classification:
         """Blend rows with images that are not rows of the same batch."""
         return MixPlan(plan.partner, plan.lam, plan.mask, other=other).blend(own)
 
+    @torch.no_grad()
     def _probs(self, model: nn.Module, pixels: Tensor) -> Tensor:
         return model(self._layout(self.normalize(pixels))).float().softmax(1).cpu()
 
