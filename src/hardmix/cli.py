@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,11 +125,23 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a comparison with --robustness.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, best or a step number.")] = "last",
     data_path: Annotated[str, typer.Option("--data-path", help="Where the data set is, if it has moved.")] = "",
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Also occluded, attacked, corrupted and mixed images, and calibration.")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that --robustness changes.")] = 1500,
 ) -> None:
-    """Measure a trained run on its test split again, from a checkpoint."""
+    """Measure a trained run on its test split again, from a checkpoint.
+
+    With --robustness the folder's report gets a section on occlusion, FGSM, corruptions, hard mixed samples over
+    lambda, temperature scaling, and why the training accuracy of a mixed run is low. A comparison folder is measured
+    run by run.
+    """
+    if robustness:
+        _evaluate_robustness(run_folder, checkpoint, data_path, samples)
+        return
     from hardmix.train.evaluate import evaluate_run
 
     result = evaluate_run(run_folder, checkpoint, data_path)
@@ -277,6 +289,26 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
     _say_where("Report", out / "report.html")
 
 
+def _evaluate_robustness(folder: Path, checkpoint: str, data_path: str, samples: int) -> None:
+    from hardmix.report.page import write_comparison_report, write_run_report
+    from hardmix.train.robustness import comparison_rows, robustness_of_comparison, robustness_of_run, rows
+
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    if (folder / "comparison.json").is_file():
+        heads, lines = comparison_rows(robustness_of_comparison(folder, data_path, samples=samples))
+        page = write_comparison_report(folder)
+    else:
+        heads = ("measure", "over", "values")
+        lines = rows(robustness_of_run(folder, checkpoint, data_path, samples=samples))
+        page = write_run_report(folder)
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    console.print(table)
+    _say_where("Report", page)
+
+
 def _stem(name: str) -> str:
     return Path(name).stem
 
@@ -350,38 +382,56 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )
 
 
+#: what the tables call a metric; rates are shown in per cent
+TITLES = {
+    "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "mixup_both": "both in Mixup %",
+    "cutmix_both": "both in CutMix %",
+}  # fmt: skip
+
+
 def _print_metrics(test: dict[str, Any], title: str) -> None:
     table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for key in test:
-        table.add_column(key, justify="right")
-    table.add_row(*("n/a" if value is None else f"{value:.4f}" for value in test.values()))
+    shown = [key for key in TITLES if key in test]
+    for key in shown:
+        table.add_column(TITLES[key], justify="right")
+    table.add_row(*("n/a" if test[key] is None else _number(test[key], key) for key in shown))
     console.print(table)
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    """Means with 95 % intervals, and the paired difference of top-1 against the first recipe."""
+    """Means with 95 % intervals, then the paired difference of top-1 against the first recipe."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("recipe")
-    for metric in result["metrics"]:
-        table.add_column(metric, justify="right")
-    table.add_column("top1 vs first", justify="right")
-    table.add_column("p (Holm)", justify="right")
+    table.add_column("recipe", overflow="fold")
+    shown = [metric for metric in result["metrics"] if metric in TITLES and metric != "top5"]
+    for metric in shown:
+        table.add_column(TITLES[metric], justify="right")
     for row in result["table"]:
-        cells = [_interval(row["metrics"][metric]) for metric in result["metrics"]]
-        test = (row["versus_first"] or {}).get("top1")
-        versus = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]" if test else ""
-        table.add_row(escape(row["name"]), *cells, escape(versus), f"{test['p_holm']:.3f}" if test else "")
+        table.add_row(escape(row["name"]), *(_with_interval(row["metrics"][metric], metric) for metric in shown))
     console.print(table)
     seeds = len(result["seeds"])
-    console.print(
-        f"Mean over {seeds} seed{'s' if seeds > 1 else ''} with 95 % interval; paired t-test, Holm-corrected."
-    )
+    if seeds == 1:
+        console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
+        return
+    console.print(f"Mean over {seeds} seeds with 95 % interval.")
+    console.print(f"Top-1 against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
+    tests = Table(box=None, pad_edge=False, show_header=False)
+    for row in result["table"][1:]:
+        test = row["versus_first"]["top1"]
+        difference = f"{100 * test['difference']:+.2f} points"
+        interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
+        p = f"p = {test['p']:.3f} ({test['p_holm']:.3f})"
+        tests.add_row(f"  {escape(row['name'])}", difference, escape(interval), p)
+    console.print(tests)
 
 
-def _interval(value: dict[str, Any]) -> str:
+def _number(value: float, metric: str) -> str:
+    return f"{100 * value:.2f}" if TITLES[metric].endswith("%") else f"{value:.3f}"
+
+
+def _with_interval(value: dict[str, Any], metric: str) -> str:
     if value["low"] is None:
-        return f"{value['mean']:.4f}"
-    return f"{value['mean']:.4f} ±{(value['high'] - value['low']) / 2:.4f}"
+        return _number(value["mean"], metric)
+    return f"{_number(value['mean'], metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,12 @@ def test_run_eval_report_and_resume(cli, tmp_path):
 
     code, out, _ = cli("eval", "mine")
     assert code == 0
-    assert f"{summary['test']['top1']:.4f}" in out
+    assert f"{100 * summary['test']['top1']:.2f}" in out
+
+    code, out, err = cli("eval", "mine", "--robustness", "--samples", "60")
+    assert code == 0, err
+    assert "occlusion" in out.lower()
+    assert "How well it holds up" in (tmp_path / "mine/report.html").read_text()
 
     (tmp_path / "mine/report.html").unlink()
     assert cli("report", "mine")[0] == 0
@@ -75,7 +80,7 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     args = ["compare", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
     code, out, err = cli(*args, "--jobs", "1", "--out", "one")
     assert code == 0, err
-    assert "paired t-test" in out
+    assert "Holm's correction" in out
     result = json.loads((tmp_path / "one/comparison.json").read_text())
     assert [row["name"] for row in result["table"]] == ["demo-mixup", "demo-mixup-dm"]
     assert result["table"][0]["versus_first"] is None

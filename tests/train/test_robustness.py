@@ -17,6 +17,7 @@ from hardmix.train.loop import run_recipe
 from hardmix.train.robustness import (
     MEASURES,
     _largest_share,
+    comparison_rows,
     robustness_of_comparison,
     robustness_of_run,
     rows,
@@ -162,6 +163,10 @@ def test_comparison_has_means_intervals_and_paired_tests(comparison, result):
     first = plain["measures"]["occluded"]["values"]
     assert test["difference"] == pytest.approx((values[0] - first[0] + values[1] - first[1]) / 2)
     assert test["p_holm"] == test["p"]  # one comparison
+    heads, lines = comparison_rows(got)
+    assert heads == ["measure", "plain", "mix"]
+    assert [line[0] for line in lines] == [measure.label for measure in MEASURES.values()]
+    assert lines[1][2].startswith(f"{50 * sum(values):.1f} +-")
     curve = mix["curves"]["occlusion"]
     assert curve["x"] == single[0]["occlusion"]["rates"]
     assert curve["mean"][3] == pytest.approx(sum(run["occlusion"]["accuracy"][3] for run in single) / 2)

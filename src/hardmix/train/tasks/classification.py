@@ -12,9 +12,10 @@ from hardmix.data.catalog import load_images
 from hardmix.data.images import ImageSet
 from hardmix.data.splits import stratified_subset, train_validation_split
 from hardmix.data.views import Augment, Normalize
+from hardmix.distributed import gather_rows, my_part
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
+from hardmix.metrics.robustness import other_class_partner, plan_at
 from hardmix.mixing import MixedTarget, MixPlan
-from hardmix.mixing.plan import full_box_share
 from hardmix.models.build import build_model
 from hardmix.train.recipe import Recipe, build_objective, build_policy
 from hardmix.train.seeds import derive, generator
@@ -47,6 +48,9 @@ class Classification:
                 train, validation = train_validation_split(pool.labels, recipe.data.validation, seed=recipe.seed)
             self.train_set, self.validation_set = pool.subset(train), pool.subset(validation)
         self.test_set = data.test
+        if len(self.test_set.labels.unique()) < 2:
+            raise ValueError(f"data: the test split of {data.name} shows one class only; it needs two or more.")
+        self._hard_partner = other_class_partner(self.test_set.labels, generator=generator(0, "hard"))
         self.recipe = recipe
         self.data = data
         channels, height, _ = self.train_set.shape
@@ -102,12 +106,11 @@ class Classification:
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
     def predict(self, model: nn.Module, images: ImageSet, device: torch.device) -> Tensor:
-        """(N, C) probabilities of a split, on the CPU, without augmentation."""
-        parts = [
-            self._probs(model, self._pixels(images.batch(index).to(device)))
-            for index in torch.arange(len(images)).split(self.recipe.eval.batch_size)
-        ]
-        return torch.cat(parts)
+        """(N, C) probabilities of a split, on the CPU, without augmentation; each rank computes its part."""
+        parts = [torch.empty(0, len(images.class_names))]
+        for index in my_part(torch.arange(len(images))).split(self.recipe.eval.batch_size):
+            parts.append(self._probs(model, self._pixels(images.batch(index).to(device))))
+        return gather_rows(torch.cat(parts))
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Metrics on the validation split; empty without one."""
@@ -149,20 +152,18 @@ class Classification:
 
         from hardmix.train.files import write_bytes
 
-        index, partner = self._pairs(GALLERY, purpose="gallery")
-        own, other = self.test_set.batch(index), self.test_set.batch(partner)
-        plan = self._half_plan("cutmix", GALLERY, own.shape[2:])
-        mixed = self._two_image_blend(plan, self._pixels(own), self._pixels(other))
+        index = torch.randperm(len(self.test_set), generator=generator(0, "gallery"))[:GALLERY]
+        own, other, plan = self._hard_batch("cutmix", index)
+        mixed = plan.blend(own)
         mask = plan.mask
         assert mask is not None
         top = self._probs(model, mixed.to(device)).topk(min(3, len(self.test_set.class_names)), dim=1)
-        labels = torch.stack([self.test_set.labels[index], self.test_set.labels[partner]], 1)
         tensors = {
-            "own": own,
-            "partner": other,
+            "own": (own * 255).round().to(torch.uint8),
+            "partner": (other * 255).round().to(torch.uint8),
             "mixed": (mixed * 255).round().to(torch.uint8),
             "mask": mask,
-            "labels": labels,
+            "labels": self._hard_classes()[index],
             "weights": torch.stack([plan.lam, 1 - plan.lam], 1),
             "top": top.indices,
             "prob": top.values,
@@ -171,45 +172,22 @@ class Classification:
 
     def _hard_samples(self, model: nn.Module, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Probabilities of test images mixed half and half with one of another class, and their (N, 2) classes."""
-        index, partner = self._pairs(len(self.test_set), purpose="hard")
-        probs = []
-        for own, other in zip(
-            index.split(self.recipe.eval.batch_size), partner.split(self.recipe.eval.batch_size), strict=True
-        ):
-            a, b = (self._pixels(self.test_set.batch(rows).to(device)) for rows in (own, other))
-            plan = self._half_plan(kind, len(own), a.shape[2:], int(own[0])).to(device)
-            probs.append(self._probs(model, self._two_image_blend(plan, a, b)))
-        return torch.cat(probs), torch.stack([self.test_set.labels[index], self.test_set.labels[partner]], 1)
+        probs = [torch.empty(0, len(self.test_set.class_names))]
+        for index in my_part(torch.arange(len(self.test_set))).split(self.recipe.eval.batch_size):
+            own, _, plan = self._hard_batch(kind, index)
+            probs.append(self._probs(model, plan.blend(own).to(device)))
+        return gather_rows(torch.cat(probs)), self._hard_classes()
 
-    def _pairs(self, count: int, purpose: str) -> tuple[Tensor, Tensor]:
-        """`count` test rows and for each a row of another class, the same for every recipe on this data."""
+    def _hard_batch(self, kind: str, index: Tensor) -> tuple[Tensor, Tensor, MixPlan]:
+        """(own pixels, partner pixels, plan at lambda = 1/2) of some test images: the same ones for every recipe."""
+        own, other = (self._pixels(self.test_set.batch(rows)) for rows in (index, self._hard_partner[index]))
+        place = torch.rand((len(self.test_set), 2), generator=generator(0, "hard-box"))[index]
+        return own, other, plan_at(kind, 0.5, place, own.shape[2:], other=other)
+
+    def _hard_classes(self) -> Tensor:
+        """(N, 2) classes of each test image and of its partner."""
         labels = self.test_set.labels
-        draws = generator(0, purpose)
-        index = (
-            torch.arange(len(labels)) if count == len(labels) else torch.randperm(len(labels), generator=draws)[:count]
-        )
-        partner = torch.randint(len(labels), index.shape, generator=draws)
-        while bool((same := labels[partner] == labels[index]).any()):
-            partner[same] = torch.randint(len(labels), (int(same.sum()),), generator=draws)
-        return index, partner
-
-    @staticmethod
-    def _half_plan(kind: str, rows: int, size: tuple[int, ...], where: int = 0) -> MixPlan:
-        """A plan at lambda = 1/2 (for boxes: the nearest box that lies inside the image)."""
-        partner, half = torch.arange(rows), torch.full((rows,), 0.5)
-        if kind == "mixup":
-            return MixPlan(partner, half)
-        height, width = size
-        side = torch.tensor([round(height * 0.5**0.5), round(width * 0.5**0.5)])
-        room = torch.tensor([height, width]) - side + 1
-        start = (torch.rand((rows, 2), generator=generator(0, "half-box", where)) * room).long()
-        box = torch.stack([start, start + side], 2)
-        return MixPlan(partner, full_box_share(box, (height, width)), box=box, size=(height, width))
-
-    @staticmethod
-    def _two_image_blend(plan: MixPlan, own: Tensor, other: Tensor) -> Tensor:
-        """Blend rows with images that are not rows of the same batch."""
-        return MixPlan(plan.partner, plan.lam, plan.mask, other=other).blend(own)
+        return torch.stack([labels, labels[self._hard_partner]], 1)
 
     @torch.no_grad()
     def _probs(self, model: nn.Module, pixels: Tensor) -> Tensor:
