@@ -14,7 +14,7 @@ import hardmix
 ROOT = Path(hardmix.__file__).parent
 LEVELS = [
     {"_check", "_math"},
-    {"kernels"},
+    {"distributed", "kernels"},
     {"mixing", "losses", "metrics"},
     {"tables", "data", "models"},
     {"train"},

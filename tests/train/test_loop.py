@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hardmix.train.loop import Interrupted, RunError, lr_factor, run_recipe
+from hardmix.train.loop import RunError, lr_factor, run_recipe
 from hardmix.train.recipe import Recipe
+from hardmix.train.stop import Interrupted
 
 from .conftest import fingerprint, tiny
 

@@ -8,6 +8,22 @@ from pathlib import Path
 from typing import Any
 
 
+class NoLog:
+    """The log of a process that is not the first: one run has one log."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        pass
+
+    def timing(self, record: dict[str, Any]) -> None:
+        pass
+
+    def position(self, step: int) -> dict[str, int]:
+        return {"step": step}
+
+    def close(self) -> None:
+        pass
+
+
 class RunLog:
     """Appends one JSON object a line. `position` goes into checkpoints; resuming cuts the files back to it."""
 

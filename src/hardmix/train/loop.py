@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
+from hardmix.distributed import from_first, largest, mean_over_ranks, my_part
 from hardmix.train.files import write_json, write_text
-from hardmix.train.log import RunLog
+from hardmix.train.log import NoLog, RunLog
 from hardmix.train.recipe import Recipe
 from hardmix.train.seeds import derive, generator
 from hardmix.train.state import (
@@ -35,6 +33,7 @@ from hardmix.train.state import (
     save_checkpoint,
     unflatten_optimizer,
 )
+from hardmix.train.stop import Interrupted, Stop, stop_signals
 from hardmix.train.tasks import TASKS
 
 #: called with {"step", "steps", "epoch", "epochs", "loss", "accuracy", "images_per_s"} a few times a second
@@ -43,14 +42,6 @@ Progress = Callable[[dict[str, Any]], None]
 
 class RunError(RuntimeError):
     """A run that can't start or go on, in one sentence."""
-
-
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Ctrl-C or SIGTERM: the run stopped at a step boundary with a checkpoint."""
-
-    def __init__(self, folder: Path, step: int, signum: int) -> None:
-        super().__init__(f"stopped at step {step}; go on with: hardmix run --resume {folder}")
-        self.signum = signum
 
 
 def run_recipe(
@@ -68,7 +59,10 @@ def run_recipe(
         RunError: the folder holds another run, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    _check_folder(recipe, folder, resume)
+    accelerator = _accelerator(recipe)
+    problem = from_first(_problem_with(recipe, folder, resume) if accelerator.is_main_process else None)
+    if problem:
+        raise RunError(problem)
     if (folder / "summary.json").is_file():
         clean_leftovers(folder)
         if not (folder / "report.html").is_file():
@@ -76,9 +70,9 @@ def run_recipe(
         return read_summary(folder)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    run = _Run(recipe, folder)
+    run = _Run(recipe, folder, accelerator)
     try:
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             run.train(stop, progress)
         return run.finish()
     finally:
@@ -100,10 +94,9 @@ def _write_report(folder: Path) -> None:
 class _Run:
     """What one run holds while it trains."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.accelerator = _accelerator(recipe)
-        self.device = self.accelerator.device
+    def __init__(self, recipe: Recipe, folder: Path, accelerator: Any) -> None:
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.device = accelerator.device
         self.task = TASKS[recipe.task](recipe)
         if recipe.train.channels_last:
             self.task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,11 +118,16 @@ class _Run:
         self.sums: dict[str, Any] = {}
         self.logged = 0
         self.checkpoints = folder / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.toml", recipe.to_toml())
-        self.log = RunLog(folder, self._restore())
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "recipe.toml", recipe.to_toml())
+            clean_leftovers(folder)
+            clean_leftovers(self.checkpoints)
+        accelerator.wait_for_everyone()
+        position = self._restore()
+        self.log = RunLog(folder, position) if accelerator.is_main_process else NoLog()
 
-    def train(self, stop: _Stop, progress: Progress | None) -> None:
+    def train(self, stop: Stop, progress: Progress | None) -> None:
         """Steps until the end, an evaluation and a checkpoint after each epoch."""
         started = time.perf_counter() - self.seconds
         told, rate = 0.0, 0.0
@@ -143,14 +141,18 @@ class _Run:
                 rate = (self.step - first) * self.batch_size / max(now - since, 1e-9)
                 self._log_train(rate, now - started)
                 first, since = self.step, time.perf_counter()
-            if progress is not None and (now - told > 0.2 or self.step == self.steps):
+            if (
+                progress is not None
+                and self.accelerator.is_main_process
+                and (now - told > 0.2 or self.step == self.steps)
+            ):
                 progress(self._progress(values, rate or (self.step - first) * self.batch_size / max(now - since, 1e-9)))
                 told = now
             if self.step % self.steps_per_epoch == 0:
                 self._end_of_epoch(started)
-            if stop.signum:
+            if signum := largest(stop.signum):
                 self._save(started)
-                raise Interrupted(self.folder, self.step, stop.signum)
+                raise Interrupted(self.folder, self.step, signum)
 
     def finish(self) -> dict[str, Any]:
         """Measure the test split and write the summary, the gallery and the report."""
@@ -160,7 +162,8 @@ class _Run:
         model = self._eval_model()
         with self.accelerator.autocast():
             result = self.task.test(model, self.device)
-            self.task.write_gallery(model, self.device, self.folder / "gallery.safetensors")
+            if self.accelerator.is_main_process:
+                self.task.write_gallery(model, self.device, self.folder / "gallery.safetensors")
         recipe = self.recipe
         summary = {
             "name": recipe.name,
@@ -179,8 +182,10 @@ class _Run:
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "device": _device_name(self.device),
         }
-        write_json(self.folder / "summary.json", summary)
-        _write_report(self.folder)
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "summary.json", summary)
+            _write_report(self.folder)
+        self.accelerator.wait_for_everyone()
         return summary
 
     def _batches(self) -> Iterator[tuple[int, Tensor, Any]]:
@@ -191,7 +196,7 @@ class _Run:
             order = torch.randperm(self.task.num_train, generator=generator(self.recipe.seed, "order", epoch))
             first = self.step - epoch * self.steps_per_epoch
             groups = list(order.split(self.batch_size))[first : self.steps_per_epoch]
-            groups = [self._own_share(group) for group in groups]
+            groups = [my_part(group) for group in groups]
             loader = DataLoader(
                 _Batches(self.task.load),
                 sampler=groups,  # type: ignore[arg-type]
@@ -202,10 +207,6 @@ class _Run:
             )
             for offset, (index, raw) in enumerate(zip(groups, loader, strict=True)):
                 yield epoch * self.steps_per_epoch + first + offset, index, raw
-
-    def _own_share(self, group: Tensor) -> Tensor:
-        """This process's part of a global batch."""
-        return group.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _one_step(self, step: int, index: Tensor, raw: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Forward, backward, one move of the optimizer. The loss is looked at before anything moves."""
@@ -219,7 +220,8 @@ class _Run:
         parts = min(train.accumulate, len(index))
         for part, piece in enumerate(zip(*(tensor.tensor_split(parts) for tensor in raw), strict=True)):
             batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in piece)
-            share = len(batch[0]) / len(index)
+            # Processes average their gradients: with this weight the average is the mean over the global batch.
+            share = len(batch[0]) * self.accelerator.num_processes / self.batch_size
             draws = generator(self.recipe.seed, "mix", step, rank, part)
             with self.accelerator.autocast():
                 loss, values = self.task.loss(self.model, batch, draws)
@@ -264,7 +266,8 @@ class _Run:
             self._save(started)
 
     def _log_train(self, rate: float, seconds: float) -> None:
-        values = {key: value.item() / (self.step - self.logged) for key, value in self.sums.items()}
+        sums = mean_over_ranks(self.sums)
+        values = {key: value.item() / (self.step - self.logged) for key, value in sums.items()}
         self.sums, self.logged = {}, self.step
         epoch = round(self.step / self.steps_per_epoch, 4)
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -283,6 +286,7 @@ class _Run:
 
     def _save(self, started: float) -> None:
         self.seconds = time.perf_counter() - started
+        self.sums = mean_over_ranks(self.sums)
         if not self.accelerator.is_main_process:
             return
         tensors = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
@@ -310,8 +314,6 @@ class _Run:
 
     def _restore(self) -> dict[str, int] | None:
         """Go to the last checkpoint, if there is one. Returns where the logs ended then."""
-        clean_leftovers(self.folder)
-        clean_leftovers(self.checkpoints)
         if not list_steps(self.checkpoints):
             return None
         state = self._load_weights("last")
@@ -351,33 +353,6 @@ class _Batches(torch.utils.data.Dataset):
         return self.load(index)
 
 
-class _Stop:
-    """Set by a signal handler, read at the end of each step."""
-
-    signum = 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C ends the process at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(signum: int, frame: object) -> None:
-        if stop.signum:
-            raise KeyboardInterrupt
-        stop.signum = signum
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def lr_factor(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `steps`."""
     if step < warmup:
@@ -406,21 +381,22 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
 
 
-def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """A folder is new, or holds this very recipe and the caller asked to resume."""
+def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
+    """Why this folder can't be trained into: it has to be new, or to hold this very recipe and the caller resumes it."""
     before = folder / "recipe.toml"
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose another --out.")
+        return f"{folder} is a file; choose another --out."
     if not before.is_file():
         # A start that was killed may have left a file aside; that is not somebody's work.
         clean_leftovers(folder)
         if folder.is_dir() and any(folder.iterdir()):
-            raise RunError(f"{folder} is not empty and holds no run; choose another --out.")
-        return
+            return f"{folder} is not empty and holds no run; choose another --out."
+        return None
     if not resume:
-        raise RunError(f"{folder} already holds a run; pass --resume to go on with it, or another --out.")
+        return f"{folder} already holds a run; pass --resume to go on with it, or another --out."
     if before.read_text("utf-8") != recipe.to_toml():
-        raise RunError(f"{folder} holds a run of another recipe; choose another --out, or resume it without changes.")
+        return f"{folder} holds a run of another recipe; choose another --out, or resume it without changes."
+    return None
 
 
 def _peak_memory_mb(device: torch.device) -> float:

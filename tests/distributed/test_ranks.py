@@ -1,0 +1,140 @@
+"""Two real processes (gloo): gradients, evaluation, plans, one log, stopping and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hardmix.train.loop import run_recipe
+
+from ..train.conftest import tiny
+
+ROOT = Path(__file__).parents[2]
+VIT = {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch": 4}}
+
+
+def launch(folder: Path, body: str, ranks: int = 2, wait: bool = True) -> subprocess.Popen:
+    """Run a Python body on `ranks` processes under torchrun."""
+    script = folder / "body.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\ntorch.set_num_threads(1)\n{body}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [*command, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if wait:
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+    return process
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one_process_on_the_same_global_batch(tmp_path):
+    """No mixing and no augmentation, so that both see the same batch: weights agree after each of 10 steps."""
+    sections = {
+        "policy": None,
+        "objective": {"name": "soft-cross-entropy"},
+        "model": VIT,
+        "data": {"name": "digits", "train_samples": 200, "validation": 0.2, "augment": []},
+        "train": {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "batch_size": 25, "epochs": 2},
+    }
+    run_recipe(tiny(**sections), tmp_path / "one")
+    launch(
+        tmp_path,
+        f"""
+from pathlib import Path
+from hardmix.train.loop import run_recipe
+from tests.train.conftest import tiny
+run_recipe(tiny(**{sections!r}), Path({str(tmp_path / "two")!r}))
+""",
+    )
+    from safetensors.torch import load_file
+
+    one, two = (
+        load_file(sorted((tmp_path / n / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+        for n in ("one", "two")
+    )
+    start = tiny(**sections).train.lr
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=0, atol=1e-6 * max(1.0, start * 12)), key
+    first, second = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert first["test"]["top1"] == second["test"]["top1"]
+    assert first["test"]["nll"] == pytest.approx(second["test"]["nll"], abs=1e-6)
+    assert first["test"]["cutmix_both"] == second["test"]["cutmix_both"]
+    assert sum(second["reliability"]["count"]) == second["data"]["test"]
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    assert len(logs[0]) == len(logs[1])
+    for a, b in zip(*logs, strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in a if isinstance(a[key], float)), (a, b)
+
+
+@pytest.mark.slow
+def test_plans_differ_between_ranks_and_repeat_between_runs_and_a_stopped_run_resumes(tmp_path):
+    body = """
+import os
+from pathlib import Path
+import hardmix.train.tasks.classification as task
+from hardmix.train.loop import run_recipe
+from tests.train.conftest import tiny
+rank, seen = os.environ["RANK"], []
+build = task.build_policy
+def watched(component, model):
+    policy = build(component, model)
+    plan = policy.plan
+    def remember(*args, **kwargs):
+        made = plan(*args, **kwargs)
+        seen.append([round(v, 6) for v in made.lam.tolist()])
+        return made
+    policy.plan = remember
+    return policy
+task.build_policy = watched
+folder = Path({folder!r})
+run_recipe(tiny(), folder)
+Path({folder!r} + "-" + rank + ".txt").write_text(repr(seen))
+"""
+    for name in ("a", "b"):
+        launch(tmp_path, body.format(folder=str(tmp_path / name)))
+    plans = {(n, r): (tmp_path / f"{n}-{r}.txt").read_text() for n in "ab" for r in "01"}
+    assert len(plans["a", "0"]) > 100
+    assert plans["a", "0"] != plans["a", "1"]
+    assert plans["a", "0"] == plans["b", "0"]
+    assert plans["a", "1"] == plans["b", "1"]
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_both_ranks_stop_together_and_the_run_resumes(tmp_path):
+    body = f"""
+from pathlib import Path
+from hardmix.train.loop import Interrupted, run_recipe
+from tests.train.conftest import tiny
+try:
+    recipe = tiny(train={{"epochs": 3000, "checkpoint_every": 1000, "log_every": 1}})
+    run_recipe(recipe, Path({str(tmp_path / "run")!r}))
+except Interrupted as stopped:
+    print("stopped at", stopped.step)
+"""
+    process = launch(tmp_path, body, wait=False)
+    log = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.is_file() and log.stat().st_size > 500):
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[1]), signal.SIGTERM)  # one rank only: the other must follow
+    out, _ = process.communicate(timeout=60)
+    assert out.count("stopped at") == 2, out
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
