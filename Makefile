@@ -1,16 +1,20 @@
 # Needs Python 3.11 (or newer), pip and make; everything else is installed into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+INTEGRATIONS := .venv-integrations
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint smoke bench clean
+.PHONY: demo test test-integrations lint smoke clean
 
 demo: $(VENV)/.ready ## the main job on real data that comes with the install; writes runs/demo/report.html
 	$(BIN)/hardmix demo
 
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
+
+test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm and torchvision
+	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/.ready ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -27,5 +31,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
 	touch $@
 
+# Both constraints files on every line: without the pins timm and torchvision replace torch by another build.
+$(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt torch
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision]'
+	touch $@
+
 clean: ## remove the environment and caches, keep runs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
