@@ -126,7 +126,7 @@ def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, igno
     if bool(wrong.any()):
         first = int(labels[wrong][0])
         raise ValueError(
-            f"{who}: {name} holds the class {first}, but logits have {num_classes} classes; "
+            f"{who}: {name} holds the class {first}, but there are {num_classes} classes; "
             f"pass class ids from 0 to {num_classes - 1}."
         )
 

@@ -17,7 +17,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def my_part(index: Tensor) -> Tensor:
-    """This rank's consecutive part of `index` (N,): every entry belongs to exactly one rank, sizes differ by at most 1."""
+    """This rank's consecutive part of `index` (N,): each entry belongs to one rank, sizes differ by at most 1."""
     rank, size = rank_and_size()
     return index.tensor_split(size)[rank]
 

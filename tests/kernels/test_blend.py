@@ -11,8 +11,8 @@ from hardmix.kernels import blend
 from hardmix.mixing import MixPlan
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32]
-#: Rows of more than 64 KiB take other paths than small ones.
-SMALL, LARGE = (3, 5, 7), (3, 80, 96)
+#: Rows of more than 64 KiB take other paths than small ones; these are larger than that even in uint8.
+SMALL, LARGE = (3, 5, 7), (3, 152, 150)
 PAIRINGS = ["shift", "permutation", "matching", "repeats", "self"]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
@@ -176,15 +176,16 @@ def test_blend_rows(dtype, size, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("size", [(6, 9), LARGE[1:]])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
-def test_paste_boxes_in_every_form(dtype, pairing, layout):
-    n, size = 7, (6, 9)
+def test_paste_boxes_in_every_form(dtype, size, pairing, layout):
+    n = 5
     x = make_batch((n, 3, *size), torch.float32, layout=layout).to(dtype)
     bits = x.contiguous().view(torch.uint8).clone()
     partner, _ = make_partner(n, pairing)
     box = make_box(n, size)
-    box[0] = torch.tensor([[0, 6], [0, 9]])  # everything
-    box[1] = torch.tensor([[3, 3], [0, 9]])  # nothing
+    box[0] = torch.tensor([[0, size[0]], [0, size[1]]])  # everything
+    box[1] = torch.tensor([[3, 3], [0, size[1]]])  # nothing
     want = slow_paste(x, partner, box).contiguous().view(torch.uint8)
 
     def is_wanted(got):
@@ -266,6 +267,15 @@ def test_gradients_reach_both_samples(size):
     blend.paste_boxes(x, partner, box).sum().backward()
     mask = blend.box_mask(box, size[1:]).double()
     torch.testing.assert_close(x.grad, (mask + (1 - mask)[[3, 0, 1, 2]]).expand_as(x))
+
+
+@pytest.mark.parametrize("kind", ["lam", "box"])
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_memory_format_is_kept_with_and_without_gradients(size, kind):
+    x = make_batch((4, *size), torch.float32, layout="channels_last")
+    plan = make_plan(kind, size=size[1:])
+    for batch in (x, x.requires_grad_()):
+        assert plan.blend(batch).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

@@ -211,7 +211,7 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     ("logits", "target", "kind", "text"),
     [
-        (LOGITS, torch.tensor([0, 1, 5, 2]), ValueError, "target holds the class 5, but logits have 5 classes"),
+        (LOGITS, torch.tensor([0, 1, 5, 2]), ValueError, "target holds the class 5, but there are 5 classes"),
         (LOGITS, torch.tensor([0, -7, 4, 2]), ValueError, "target holds the class -7"),
         (LOGITS, MixedTarget(LABELS + 5, WEIGHTS), ValueError, "pass class ids from 0 to 4"),
         (LOGITS, torch.tensor([0.5, 1.0, 2.0, 3.0]), TypeError, "target holds floats (regression labels)"),

@@ -68,6 +68,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
     [
         ("[policy]\nname = 'mixup'\nalpha = -1.0", "alpha is -1.0; pass a finite number greater than 0"),
         ("[policy]\nname = 'mixup'\nalpha = inf", "alpha is inf"),
+        ("[policy]\nname = 'mixup'\nalpha = true", "policy: Mixup: alpha is True"),
+        ("[objective]\nname = 'decoupled-mixup'\nreduction = 'none'", "reduction is 'none'"),
         ("[policy]\nname = 'os.system'", 'policy: "os.system" is not a policy'),
         ("[policy]\nname = 'random-choice'", "policies is missing"),
         ("[policy]\nname = 'random-choice'\npolicies = [3]", "a nested policy is 3"),
@@ -122,6 +124,7 @@ def test_large_and_deep_files_are_refused(tmp_path):
         ("train.epochs=3", lambda r: r.train.epochs == 3),
         ("train.lr=1", lambda r: r.train.lr == 1.0),
         ("policy.alpha=0.4", lambda r: r.policy.options["alpha"] == 0.4),
+        ("policy=none", lambda r: r.policy is None),
         ("data.path=/some/where", lambda r: r.data.path == "/some/where"),
         ('data.augment=["flip"]', lambda r: r.data.augment == ["flip"]),
     ],

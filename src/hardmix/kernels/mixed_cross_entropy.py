@@ -36,6 +36,8 @@ def mixed_cross_entropy(
         eta: factor of the regulariser.
         asymmetric: only the class of `labels[:, 0]` is regularised.
     """
+    # K first from here on: sums over K are then over whole rows of memory.
+    labels, share = labels.movedim(1, 0).contiguous(), share.movedim(1, 0).contiguous()
     learnt = share.requires_grad or (soft is not None and soft.requires_grad)
     if torch.compiler.is_compiling() or (learnt and torch.is_grad_enabled()):
         # The compiler fuses the formula by itself; a target with a gradient is rare, so autograd does it.
@@ -44,7 +46,7 @@ def mixed_cross_entropy(
 
 
 class _Row(NamedTuple):
-    """What the loss and its gradient need of a row. K comes first: short sums are then over whole rows of memory."""
+    """What the loss and its gradient need of a row."""
 
     odds: Tensor  # (K, N, *spatial) log((1 - p) / p) of the labels
     outside: Tensor  # (N, *spatial) probability of the classes outside S
@@ -96,10 +98,10 @@ def _formula(
     """The same loss from differentiable operations, for the compiler, learnt targets and second derivatives."""
     z = logits.to(wide(logits.dtype))
     z = z - z.detach().amax(1, keepdim=True)
-    rest = z.scatter(1, labels, torch.finfo(z.dtype).min).logsumexp(1)
-    own = z.gather(1, labels).movedim(1, 0)
-    row = _row(rest, own, labels.movedim(1, 0), eta != 0.0, asymmetric)
-    return _loss(row, z, share.movedim(1, 0), soft, eta)
+    index = labels.movedim(0, 1)
+    rest = z.scatter(1, index, torch.finfo(z.dtype).min).logsumexp(1)
+    row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta != 0.0, asymmetric)
+    return _loss(row, z, share, soft, eta)
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,27 +110,27 @@ def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     exp(z) outside S and 0 inside, (N, C, *spatial), and its sum (N, *spatial); r (N, *spatial) and the labels' logits
     (K, N, *spatial), both less one and the same number.
     """
-    dtype = wide(logits.dtype)
+    dtype, index = wide(logits.dtype), labels.movedim(0, 1)
     if logits.device.type == "cpu":
         # One softmax over everything does, unless something that is needed underflows; a CPU can look.
         probs = logits.softmax(1, dtype=dtype)
-        own = probs.gather(1, labels)
-        amount = probs.scatter_(1, labels, 0.0).sum(1)
-        if bool((own > 1e-30).all()) and bool((amount > 1e-30).all()):
-            return probs, amount, amount.log(), own.log_().movedim(1, 0).contiguous()
+        own = probs.gather(1, index)
+        amount = probs.scatter_(1, index, 0.0).sum(1)
+        if float(own.min()) > 1e-30 and float(amount.min()) > 1e-30:
+            return probs, amount, amount.log(), own.movedim(1, 0).contiguous().log_()
         del probs
     outside = logits.to(dtype, copy=True)
     # The lowest number stands for "not there": unlike -inf it leaves no NaN where nothing else is there.
     lowest = torch.finfo(dtype).min
-    outside.scatter_(1, labels, lowest)
+    outside.scatter_(1, index, lowest)
     top = outside.amax(1)
     probs = outside.softmax(1)
-    own = logits.gather(1, labels).to(dtype).movedim(1, 0).contiguous()
+    own = logits.gather(1, index).to(dtype).movedim(1, 0).contiguous()
     highest = torch.maximum(top, own.amax(0))
-    # The largest probability is exp(top - r), so one fused softmax gives the log-sum-exp as well. The difference of the
-    # two ends of a dtype is clamped; only a logit of -inf may stay infinite.
-    rest = ((top - highest) - probs.amax(1).log()).clamp(min=lowest)
-    own = torch.where(own == -torch.inf, own, (own - highest).clamp(min=lowest))
+    # The largest probability is exp(top - r), so one fused softmax gives the log-sum-exp as well.
+    rest = (top - highest) - probs.amax(1).log()
+    # From one end of a dtype to the other is infinitely far; capped, no sum over a batch overflows. -inf stays itself.
+    own = torch.where(own == -torch.inf, own, (own - highest).clamp(min=-1e30))
     return probs, torch.ones_like(rest), rest, own
 
 
@@ -144,10 +146,10 @@ class _MixedCrossEntropy(torch.autograd.Function):
         asymmetric: bool,
     ) -> Tensor:
         probs, amount, rest, own = _split(logits, labels)
-        row = _row(rest, own, labels.movedim(1, 0).contiguous(), eta != 0.0, asymmetric)
+        row = _row(rest, own, labels, eta != 0.0, asymmetric)
         ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row)
         ctx.eta, ctx.asymmetric = eta, asymmetric
-        return _loss(row, logits, share.movedim(1, 0).contiguous(), soft, eta)
+        return _loss(row, logits, share, soft, eta)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,7 +158,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
             loss = _formula(logits, labels, share, soft, ctx.eta, ctx.asymmetric)
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
             return grad, None, None, None, None, None
-        at_labels, outside = _gradient(_Row(*parts), labels.movedim(1, 0), share.movedim(1, 0), soft, ctx.eta)
+        at_labels, outside = _gradient(_Row(*parts), labels, share, soft, ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
         if soft is not None or logits.dtype == probs.dtype:
@@ -164,7 +166,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         else:
             # Rounded while it is written: half types need no wide copy of the gradient.
             grad = torch.mul(probs, outside, out=torch.empty_like(logits))
-        grad.scatter_(1, labels, at_labels.to(grad.dtype))
+        grad.scatter_(1, labels.movedim(0, 1), at_labels.to(grad.dtype))
         if soft is not None:
             grad.addcmul_(grad_loss[:, None], soft, value=-1.0)
         return grad.to(logits.dtype), None, None, None, None, None
@@ -176,7 +178,6 @@ def _gradient(row: _Row, labels: Tensor, share: Tensor, soft: Tensor | None, eta
     Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
     target itself is left to the caller.
     """
-    labels, share = labels.contiguous(), share.contiguous()
     elsewhere = ((labels[:, None] != labels) * share).sum(1)  # mass of the other labels
     total = share.sum(0)
     here = total - elsewhere

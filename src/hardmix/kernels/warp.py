@@ -92,7 +92,7 @@ def _positions(x: Tensor, box: Tensor) -> list[Tensor]:
 def _centres(start: Tensor | int, stop: Tensor | int, length: int, like: Tensor) -> Tensor:
     """The centres of `length` pixels, with -1 at `start` and 1 at `stop`. (length,) or (N, length)"""
     centre = torch.arange(length, device=like.device, dtype=wide(like.dtype)) + 0.5
-    return (centre - start) * (2.0 / (stop - start)) - 1.0
+    return (centre - start) * 2.0 / (stop - start) - 1.0
 
 
 def _resample(x: Tensor, positions: list[Tensor]) -> Tensor:

@@ -57,7 +57,8 @@ def decoupled_mixup_loss(
         Same class twice: R = 0, plain cross entropy. C = 2: R is identically 0. A pair (N, K) is regularised whatever
         lambda is, 0 and 1 included; a pixel with a share of exactly 0 shows one image only and is not. NaN and +inf
         logits give NaN. A logit of -inf takes a class out of the softmax; on a class of the target the loss is inf, or
-        NaN where the share is 0, as in `torch.nn.functional.cross_entropy`. Second derivatives are supported.
+        NaN where the share is 0, as in `torch.nn.functional.cross_entropy`. A gap between logits beyond 1e30 counts as
+        1e30. Second derivatives are supported.
 
     The mean divides by the number of rows, as `cross_entropy` does for soft targets. For integer labels with `weight`,
     `cross_entropy` divides by the sum of the weights instead; here a batch has one loss, whatever form its target has.

@@ -12,7 +12,7 @@ from hardmix import _check
 from hardmix._math import wide
 from hardmix.kernels import blend as kernel
 from hardmix.kernels import warp
-from hardmix.mixing.draw import Pairing, draw_beta, uniform
+from hardmix.mixing.draw import Pairing, draw_beta, move, uniform
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 
@@ -88,8 +88,8 @@ class AugMix(Policy):
                 operation = torch.where(link < depth, operation, -1)  # a chain that is over stays as it is
                 level = (level * (self.severity - 0.1) + 0.1) / 10.0
                 image = distort_(image, operation, level, torch.where(sign < 0.5, -1.0, 1.0))
-            mixture.addcmul_(_per_row(share[:, chain].to(device), image), image)
-        own = kernel.blend_rows(mixture, clean, _per_row(m.to(device), clean))
+            mixture.addcmul_(_per_row(move(share[:, chain], device), image), image)
+        own = kernel.blend_rows(mixture, clean, _per_row(move(m, device), clean))
         if not x.is_floating_point():
             own = (own * 255.0).round_()
         plan = MixPlan.identity(rows, device)
@@ -109,13 +109,13 @@ def distort_(x: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Tenso
     for index, function in enumerate(OPERATIONS.values()):
         chosen = operation == index
         if torch.compiler.is_compiling():  # which rows these are is not known there
-            changed = function(x, _per_row(level.to(x.device), x), _per_row(sign.to(x.device), x))
-            x = torch.where(chosen.view(-1, 1, 1, 1).to(x.device), changed, x)
+            changed = function(x, _per_row(move(level, x.device), x), _per_row(move(sign, x.device), x))
+            x = torch.where(move(chosen, x.device).view(-1, 1, 1, 1), changed, x)
             continue
         rows = chosen.nonzero()[:, 0]
         if rows.shape[0] > 0:
-            parameters = (_per_row(value[rows].to(x.device), x) for value in (level, sign))
-            rows = rows.to(x.device)
+            parameters = (_per_row(move(value[rows], x.device), x) for value in (level, sign))
+            rows = move(rows, x.device)
             x.index_copy_(0, rows, function(x.index_select(0, rows), *parameters))
     return x
 
@@ -189,7 +189,7 @@ def _unit_range(x: Tensor) -> None:
     if not x.is_floating_point() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = (float(value) for value in torch.aminmax(x.detach()))
-    if low < 0.0 or high > 1.0:
+    if not (low >= 0.0 and high <= 1.0):  # NaN too
         raise ValueError(
             f"AugMix: x holds values from {low:.3g} to {high:.3g}; pass uint8 images or floats in [0, 1], "
             "before they are normalised."

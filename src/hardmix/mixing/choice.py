@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix.mixing.draw import Pairing, cpu_generator
+from hardmix.mixing.draw import Pairing, cpu_generator, move
 from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
@@ -31,6 +31,7 @@ class RandomChoice(Policy):
     Inside torch.compile a drawn number can't decide which code runs, so there each policy draws and `per="batch"`
     takes all rows from one of them.
 
+    >>> from hardmix.mixing import CutMix, Mixup
     >>> mix = RandomChoice([CutMix(alpha=1.0), Mixup(alpha=0.8), None], p=[0.5, 0.3, 0.2])
     """
 
@@ -90,7 +91,7 @@ class RandomChoice(Policy):
         rows = x.shape[0]
         choice = self._draw_choice(self._count(rows), generator).expand(rows)
         plans = [policy.draw(x, y, pairing, generator) for policy in self._members()]
-        return combine(plans, choice.to(x.device, non_blocking=x.device.type != "cpu"), x)
+        return combine(plans, move(choice, x.device), x)
 
     def _members(self) -> list[Policy]:
         return [policy for policy in self.policies if isinstance(policy, Policy)]
@@ -188,7 +189,7 @@ def combine(plans: list[MixPlan], choice: Tensor, x: Tensor) -> MixPlan:
         mask = pick([p.lam.view(-1, 1, *ones).expand(rows, 1, *size) if m is None else m for m, p in shares])
     if any(plan.fit is not None for plan in plans):
         # A box as large as the image leaves the partner as it is.
-        whole = torch.stack([torch.tensor([0, length]) for length in size]).expand(rows, -1, -1).to(x.device)
+        whole = move(torch.stack([torch.tensor([0, length]) for length in size]).expand(rows, -1, -1), x.device)
         fit = pick([whole if plan.fit is None else plan.fit for plan in plans])
     if any(plan.own is not None for plan in plans):
         own = pick([x if plan.own is None else plan.own for plan in plans])

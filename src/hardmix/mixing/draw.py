@@ -117,6 +117,11 @@ def normal(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     return _of(generator, torch.randn, shape)
 
 
+def move(value: Tensor, device: torch.device | str) -> Tensor:
+    """A draw on another device, without waiting for the work queued there."""
+    return value.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def _of(generator: Generator | None, draw: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """draw(*args), from `generator` where there is one. Naming a generator, even None, picks an overload that
     torch.compile compiles anew for each batch size."""

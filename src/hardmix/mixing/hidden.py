@@ -172,7 +172,7 @@ class _LayerHook:
 
 @functools.cache
 def _hook_class() -> type[_LayerHook]:
-    """The hook, run outside compiled graphs. Made when first needed: `torch.compiler.disable` loads all of the compiler,
+    """The hook, run outside compiled graphs. Made when first needed: `torch.compiler.disable` loads the whole compiler,
     which an import of this package must not."""
 
     class Hook(_LayerHook):

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix.mixing.draw import Pairing, uniform
+from hardmix.mixing.draw import Pairing, move, uniform
 from hardmix.mixing.field import SPECTRA, largest, low_frequency_field
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
@@ -164,7 +164,7 @@ class FMix(Policy):
         field = low_frequency_field(count, size, self.decay, self.spectrum, generator)
         kept = largest(field.flatten(1), self._rows(pairing, keep)[:count])
         # Bits travel to the device; the floats are made there.
-        mask = self._rows(pairing, kept.view(count, 1, *size)).to(x.device, non_blocking=x.device.type != "cpu")
+        mask = move(self._rows(pairing, kept.view(count, 1, *size)), x.device)
         plan = MixPlan(pairing.partner, keep.to(torch.float32) / pixels, shift=pairing.shift).to(x.device)
         return MixPlan(plan.partner, plan.lam, mask.to(torch.float32), shift=plan.shift)
 

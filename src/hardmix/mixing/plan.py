@@ -12,6 +12,7 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.kernels import blend as kernel
 from hardmix.kernels import warp
+from hardmix.mixing.draw import move
 from hardmix.mixing.target import MixedTarget
 
 
@@ -99,24 +100,22 @@ class MixPlan:
         """The same plan on another device. Plans are drawn on the CPU and moved once."""
         if self.lam.device == torch.device(device):
             return self
-        # A copy to an accelerator need not wait for the work queued there; a copy back has to.
-        non_blocking = torch.device(device).type != "cpu"
 
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=non_blocking)
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else move(value, device)
 
-        box = move(self.box)
+        box = moved(self.box)
         return MixPlan(
-            self.partner.to(device, non_blocking=non_blocking),
-            self.lam.to(device, non_blocking=non_blocking),
-            move(self._mask),
+            move(self.partner, device),
+            move(self.lam, device),
+            moved(self._mask),
             box=box,
             size=self.size,
-            own=move(self.own),
-            other=move(self._other),
+            own=moved(self.own),
+            other=moved(self._other),
             shift=self.shift,
-            fit=box if self.fit is self.box else move(self.fit),
-            source=move(self.source),
+            fit=box if self.fit is self.box else moved(self.fit),
+            source=moved(self.source),
         )
 
     def blend(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -190,6 +189,8 @@ class MixPlan:
         _check.same_length(who, "y", y, "the plan", len(self))
         _check.same_device(who, "y", y, "the plan", self.lam.device)
         _check.choice(who, "kind", kind, ("auto", "rows", "mask"))
+        if not y.is_floating_point():
+            y = y.long()  # narrower integers can't index
         is_mask = kind == "mask" or (kind == "auto" and y.ndim >= 3 and not y.is_floating_point())
         if y.ndim > 2 and not is_mask:
             raise ValueError(

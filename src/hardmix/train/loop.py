@@ -382,7 +382,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
-    """Why this folder can't be trained into: it has to be new, or to hold this very recipe and the caller resumes it."""
+    """Why this folder can't be trained into: it has to be new, or to hold this very recipe and be resumed."""
     before = folder / "recipe.toml"
     if folder.exists() and not folder.is_dir():
         return f"{folder} is a file; choose another --out."

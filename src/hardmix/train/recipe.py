@@ -154,12 +154,20 @@ class Recipe(_Section):
     @field_validator("policy", "objective", mode="after")
     @classmethod
     def _known(cls, value: Component | None, info: ValidationInfo) -> Component | None:
-        if value is not None:
-            if info.field_name == "policy":
+        try:
+            if value is not None and info.field_name == "policy":
                 build_policy(value, model=None)
-            else:
+            elif value is not None:
                 build_objective(value)
+        except TypeError as error:  # which pydantic would not list with the other mistakes
+            raise ValueError(str(error)) from None
         return value
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _no_policy(cls, value: object) -> object:
+        """`--set policy=none` takes the policy off."""
+        return None if value == "none" else value
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -189,6 +197,8 @@ def build_policy(component: Component, model: Any) -> Any:
 def build_objective(component: Component) -> Any:
     """The objective that a recipe names."""
     cls = _entry("objective", component.name, tables.OBJECTIVES)
+    if component.options.get("reduction", "mean") != "mean":
+        raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
     _check_options("objective", component.name, _parameters(cls), component.options)
     return cls(**component.options)
 

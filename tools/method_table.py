@@ -1,0 +1,324 @@
+"""Write the generated parts of the documents: the tables of methods, the measured costs, data sets, views, recipe keys.
+
+    python tools/method_table.py            # rewrite what is out of date
+    python tools/method_table.py --check    # name what is out of date and exit with 1
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; the rest of a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from hardmix import losses, tables
+from hardmix.data.catalog import CATALOG, Entry
+from hardmix.data.views import MOVES, PAINTS
+from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled
+from hardmix.mixing.draw import PER
+from hardmix.models.build import MODELS, model_options
+from hardmix.train.recipe import Component, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- generated: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+#: kinds of batches by their number of axes
+KINDS = {2: "features", 3: "series", 4: "images", 5: "volumes"}
+#: policies that benchmarks/mixing.py times
+TIMED = ("mixup", "cutmix", "smoothmix", "fmix", "gridmix", "resizemix")
+#: objective -> what a row of its table is called -> the case in the result file of the benchmark
+LOSS_CASES = {
+    "soft-cross-entropy": {
+        "MixedTarget": "hardmix soft_cross_entropy, pair",
+        "`F.cross_entropy`, soft labels built": "cross_entropy, soft labels built",
+    },
+    "decoupled-mixup": {
+        "MixedTarget": "hardmix DM, pair",
+        "MixedTarget, label smoothing": "hardmix DM, pair, smoothing 0.1",
+        "integer labels": "hardmix DM, hard labels",
+        "dense soft labels": "hardmix DM, soft labels given",
+        "written as two masked log-sum-exps": "DM, two masked logsumexp",
+    },
+    "decoupled-mixup-bce": {
+        "MixedTarget": "hardmix DM(BCE), pair",
+        "dense soft labels": "hardmix DM(BCE), soft labels given",
+        "`F.binary_cross_entropy_with_logits`": "binary_cross_entropy_with_logits, given",
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    check = parser.parse_args(arguments).check
+    stale = False
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text("utf-8")
+        fresh = regenerate(text)
+        if fresh == text:
+            continue
+        stale = True
+        sys.stdout.write(f"{page.relative_to(ROOT)} {'is out of date' if check else 'rewritten'}\n")
+        if not check:
+            page.write_text(fresh, "utf-8")
+    if check and stale:
+        sys.stdout.write("run: python tools/method_table.py\n")
+    return int(check and stale)
+
+
+def regenerate(text: str) -> str:
+    """The page with every generated part written anew."""
+    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}\n{part[4]}", text)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|" + "-|" * len(head), *lines[1:]])
+
+
+# Methods
+
+
+def policies() -> str:
+    rows = []
+    for name, cls in tables.POLICIES.items():
+        policy = example(cls)
+        rows.append((card(name), f"`{cls.__name__}`", summary(cls), mixes(policy), drawn_per(cls), batches(policy)))
+    return table(("in a recipe", "class", "what it does", "mixes", "lambda drawn per", "batches of"), rows)
+
+
+def objectives() -> str:
+    rows = []
+    for name, cls in tables.OBJECTIVES.items():
+        found = re.match(r"`(\w+)` with its settings", inspect.cleandoc(cls.__doc__ or ""))
+        assert found, f"{cls.__name__}: the docstring does not start with the function that it remembers settings for"
+        settings = ", ".join(f"`{key}`" for key in inspect.signature(cls).parameters)
+        does = summary(getattr(losses, found[1]))
+        rows.append((card(name), f"`{cls.__name__}`", f"`{found[1]}`", does, settings))
+    return table(("in a recipe", "class", "function", "what it does", "settings"), rows)
+
+
+def card(name: str) -> str:
+    return f"[{name}]({name}.md)"
+
+
+def summary(thing: Any) -> str:
+    """The first sentence of a docstring, without the name that it may start with."""
+    text = " ".join(inspect.cleandoc(thing.__doc__ or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.)\s", text)[0].rstrip(".")
+    name, colon, rest = sentence.partition(": ")
+    if colon and thing.__name__.replace("_", "").lower().startswith(name.replace(" ", "").lower()):
+        sentence = rest
+    return sentence[0].upper() + sentence[1:]
+
+
+def example(cls: type[Policy], **options: Any) -> Policy:
+    """A policy to look at, with stand-ins for what its constructor can't do without."""
+    stand_ins: dict[str, Any] = {
+        "model": nn.Sequential(nn.Identity()),
+        "layers": ["0"],
+        "policies": [Mixup()],
+        "policy": Mixup(),
+    }
+    needed = [key for key, p in inspect.signature(cls).parameters.items() if p.default is inspect.Parameter.empty]
+    return cls(**{key: stand_ins[key] for key in needed}, **options)
+
+
+def mixes(policy: Policy) -> str:
+    """What a drawn plan says."""
+    if isinstance(policy, (RandomChoice, Scheduled)):
+        return "what its policies mix"
+    if isinstance(policy, ManifoldMixup):
+        return "whole samples, or one hidden layer"
+    plan = policy.plan(torch.rand(8, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    if plan.own is not None:
+        return "an image with itself"
+    if plan.fit is not None:
+        return "a box with the whole partner"
+    if plan.box is not None:
+        return "the pixels in a box"
+    if plan.mask is None:
+        return "whole samples"
+    return "pixels, one or the other" if bool(((plan.mask == 0) | (plan.mask == 1)).all()) else "pixels, softly"
+
+
+def drawn_per(cls: type[Policy]) -> str:
+    if "per" not in inspect.signature(cls).parameters:
+        return "as its policy"
+    good = []
+    for per in PER:
+        try:
+            example(cls, per=per)
+        except ValueError:
+            continue
+        good.append(per)
+    return ", ".join(good)
+
+
+def batches(policy: Policy) -> str:
+    if isinstance(policy, (RandomChoice, Scheduled)):
+        return "what its policies take"
+    return ", ".join(kind for axes, kind in KINDS.items() if policy.min_ndim <= axes <= policy.max_ndim)
+
+
+# Measured costs
+
+
+def mixing_cost(name: str) -> str:
+    """Ratios of a policy from the committed result file."""
+    policy = tables.POLICIES[name].__name__
+    command = "`python benchmarks/mixing.py`"
+    ways = {"in place": "in place", "out=": "into a buffer", "new": "new batch"}
+    found = [t for t in _result("mixing.json").get("tables", []) if t["threads"] == 1]
+    present = [way for way in ways if any(f"{policy}, {way}" in t["rows"] for t in found)]
+    if not present:
+        return f"{command} times it; no result is committed yet."
+    rows = []
+    for t in found:
+        timed = [t["rows"].get(f"{policy}, {way}") for way in present]
+        ratios = [f"{row['cpu_ratio']:.1f}" if row else "" for row in timed]
+        rows.append((f"{t['shape'].replace('x', ' x ')} {t['dtype']}", t["regime"], *ratios))
+    head = f"Measured by {command}: CPU time with one thread, plan included, in copies of the batch."
+    return f"{head}\n\n{table(('batch', 'allocator', *(ways[way] for way in present)), rows)}"
+
+
+def loss_cost(name: str) -> str:
+    """Ratios of an objective from the committed result file."""
+    command, result = "`python benchmarks/decoupled_loss.py`", _result("decoupled_loss.json")
+    times = [row for row in result.get("time", []) if row["threads"] == 1]
+    if not times:
+        return f"{command} times it; no result is committed yet."
+    ratios = {(row["case"], row["shape"], row["allocator"]): row["cpu_ratio"] for row in times}
+    peaks = {row["case"]: row["peak_in_logits"] for row in result["memory"]}
+    shapes = list(dict.fromkeys(row["shape"] for row in times))
+    rows = []
+    for title, case in LOSS_CASES[name].items():
+        both = [(ratios[case, shape, "kept"], ratios[case, shape, "default"]) for shape in shapes]
+        rows.append((title, *(f"{kept:.1f} ({default:.1f})" for kept, default in both), f"{peaks[case]:.1f}"))
+    head = (
+        f"Measured by {command}: CPU time of forward and backward with one thread, as a multiple of\n"
+        "`F.cross_entropy` with integer labels, where the allocator keeps its blocks (with glibc's own);\n"
+        "peak memory in tensors of logits."
+    )
+    return f"{head}\n\n{table(('target', *(s.replace('x', ' x ') for s in shapes), 'peak memory'), rows)}"
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+# Data
+
+
+def data_sets() -> str:
+    rows = [
+        (
+            f"`{entry.name}`",
+            entry.title,
+            f"{entry.train:,} + {entry.test:,}" if entry.train else "as many as there are",
+            " x ".join(map(str, entry.shape)) if entry.shape else "decided by `image_size`",
+            str(len(entry.class_names)) if entry.class_names else "one per folder",
+            entry.license,
+            _origin(entry),
+        )
+        for entry in CATALOG.values()
+    ]
+    return table(("name", "what", "train + test", "C x H x W", "classes", "licence", "how to get it"), rows)
+
+
+def _origin(entry: Entry) -> str:
+    return "command below" if entry.forms else f"`{entry.get}`" if entry.get.startswith("pip ") else entry.get
+
+
+def data_commands() -> str:
+    blocks = [f"`{e.name}`:\n\n```console\n$ {e.get}\n```" for e in CATALOG.values() if e.forms]
+    return "\n\n".join(blocks)
+
+
+def views() -> str:
+    return table(("name", "what it does"), [(f"`{name}`", summary(view)) for name, view in {**MOVES, **PAINTS}.items()])
+
+
+# Recipes
+
+
+def models() -> str:
+    rows = []
+    for name, build in MODELS.items():
+        rows.append((f"`{name}`", summary(build), ", ".join(f"`{option}`" for option in model_options(name))))
+    return table(("name", "what it is", "options"), rows)
+
+
+def recipe_keys() -> str:
+    """A table of keys for the recipe itself and for each of its sections."""
+    parts = [("Top level", _keys("", Recipe))]
+    for name, field in Recipe.model_fields.items():
+        if _is_section(field.annotation):
+            parts.append((f"`[{name}]`", _keys(f"{name}.", field.annotation)))
+    return "\n\n".join(f"### {title}\n\n{rows}" for title, rows in parts)
+
+
+def _keys(prefix: str, model: Any) -> str:
+    rows = []
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            continue
+        assert field.description, f"{model.__name__}.{name} has no description in hardmix.train.recipe"
+        default = "required" if field.is_required() else _toml(field.get_default(call_default_factory=True))
+        if (prefix, name) == ("", "name"):
+            default = "the file's name"
+        rows.append((f"`{prefix}{name}`", _kind(field.annotation, field.metadata), default, field.description))
+    return table(("key", "value", "default", "meaning"), rows)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Component
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f'`"{option}"`' for option in get_args(annotation))
+    if annotation is Component or Component in get_args(annotation):
+        return "table with `name`"
+    words = {int: "whole number", float: "number", str: "text", bool: "true or false", list[str]: "list of names"}
+    bounds = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
+    limits = [f"{word} {getattr(m, key):,}" for key, word in bounds.items() for m in metadata if hasattr(m, key)]
+    return ", ".join([words.get(annotation, "table"), *(limit.removesuffix(".0") for limit in limits)])
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Component):
+        return f"`{{ name = {json.dumps(value.name)} }}`"
+    return f"`{json.dumps(value)}`"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "policies": policies,
+    "objectives": objectives,
+    "data sets": data_sets,
+    "data commands": data_commands,
+    "views": views,
+    "models": models,
+    "recipe keys": recipe_keys,
+    **{f"cost of {name}": partial(mixing_cost, name) for name in TIMED},
+    **{f"cost of {name}": partial(loss_cost, name) for name in LOSS_CASES},
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
