@@ -414,14 +414,20 @@ def _print_comparison(result: dict[str, Any]) -> None:
         return
     console.print(f"Mean over {seeds} seeds with 95 % interval.")
     console.print(f"Top-1 against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
-    tests = Table(box=None, pad_edge=False, show_header=False)
-    for row in result["table"][1:]:
-        test = row["versus_first"]["top1"]
+    _print_tests([(row["name"], row["versus_first"]["top1"]) for row in result["table"][1:]])
+    shown = [("top1", "Top-1"), ("cutmix_both", "Both classes of half-and-half CutMix images")]
+    for metric, title in shown if result["twins"] else ():
+        console.print(f"{title}, same policy with another objective:")
+        _print_tests([(f"{t['name']} against {t['base']}", t["tests"][metric]) for t in result["twins"]])
+
+
+def _print_tests(tests: list[tuple[str, dict[str, Any]]]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, test in tests:
         difference = f"{100 * test['difference']:+.2f} points"
         interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
-        p = f"p = {test['p']:.3f} ({test['p_holm']:.3f})"
-        tests.add_row(f"  {escape(row['name'])}", difference, escape(interval), p)
-    console.print(tests)
+        table.add_row(f"  {escape(name)}", difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})")
+    console.print(table)
 
 
 def _number(value: float, metric: str) -> str:

@@ -77,18 +77,25 @@ def test_run_eval_report_and_resume(cli, tmp_path):
 
 
 def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_jobs(cli, tmp_path):
-    args = ["compare", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
+    args = ["compare", "demo-none", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
     code, out, err = cli(*args, "--jobs", "1", "--out", "one")
     assert code == 0, err
     assert "Holm's correction" in out
     result = json.loads((tmp_path / "one/comparison.json").read_text())
-    assert [row["name"] for row in result["table"]] == ["demo-mixup", "demo-mixup-dm"]
+    assert [row["name"] for row in result["table"]] == ["demo-none", "demo-mixup", "demo-mixup-dm"]
+    (twin,) = result["twins"]
+    assert (twin["name"], twin["base"]) == ("demo-mixup-dm", "demo-mixup")
+    assert "same policy with another objective" in out
+    assert "against <bdi>demo-mixup</bdi>" in (tmp_path / "one/report.html").read_text()
     assert result["table"][0]["versus_first"] is None
-    versus = result["table"][1]["versus_first"]["top1"]
     values = [row["metrics"]["top1"]["values"] for row in result["table"]]
-    assert versus["difference"] == pytest.approx(sum(b - a for a, b in zip(*values, strict=True)) / 2)
+    for test, a, b in (
+        (result["table"][2]["versus_first"]["top1"], values[2], values[0]),
+        (twin["tests"]["top1"], values[2], values[1]),
+    ):
+        assert test["difference"] == pytest.approx(sum(x - y for x, y in zip(a, b, strict=True)) / 2)
     with open(tmp_path / "one/comparison.csv", newline="") as file:
-        assert len(list(csv.reader(file))) == 5
+        assert len(list(csv.reader(file))) == 7
     assert (tmp_path / "one/report.html").stat().st_size > 10_000
 
     kept = (tmp_path / "one/demo-mixup/seed-0/metrics.jsonl").stat().st_mtime_ns

@@ -301,6 +301,19 @@ def test_class_weights_fit_the_logits(function: Callable[..., Tensor]) -> None:
     assert "weight is on meta but logits is on cpu" in message
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_weights_of_any_float_type(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0])
+    for target in (TARGET, TARGET.dense(5)):
+        want = function(LOGITS, target, weight=weight)
+        got = function(LOGITS, target, weight=weight.to(dtype))
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want)
+    wide = MixedTarget(LABELS, WEIGHTS.double())
+    assert function(LOGITS, wide).dtype == torch.float32
+
+
 @pytest.mark.parametrize("function", CROSS_ENTROPIES)
 def test_one_class_is_refused(function: Callable[..., Tensor]) -> None:
     kind, message = error_of(lambda: function(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long)))

@@ -454,6 +454,15 @@ def test_an_ignored_label_drops_out_with_its_share() -> None:
     torch.testing.assert_close(mean, want.sum() / 3, rtol=1e-12, atol=0)
 
 
+def test_an_ignored_row_changes_no_other() -> None:
+    """Lambda of 0 and 1 included: there a pair is regularised as well."""
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    target = MixedTarget(torch.tensor([[0, 1], [2, 4], [-100, 3]]), torch.tensor([[0.0, 1.0]]).expand(3, 2).double())
+    rows = decoupled_mixup_loss(logits, target, eta=0.5, reduction="none")
+    alone = decoupled_mixup_loss(logits[:2], MixedTarget(*(part[:2] for part in target)), eta=0.5, reduction="none")
+    torch.testing.assert_close(rows[:2], alone, rtol=1e-12, atol=0)
+
+
 def test_of_three_labels_the_two_that_count_are_a_pair() -> None:
     logits = torch.randn(1, 6, dtype=torch.float64)
     weights = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)

@@ -91,6 +91,15 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Twin:
+    """Two methods that differ in their objective alone, and `name` against `base`, metric by metric."""
+
+    name: str
+    base: str
+    versus: dict[str, Versus]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A comparison folder, read."""
 
@@ -103,6 +112,7 @@ class Comparison:
     lower: frozenset[str]
     versions: dict[str, Any]
     best: dict[str, Best | None]
+    twins: list[Twin]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -147,6 +157,7 @@ def read_comparison(folder: Path) -> Comparison:
         lower=frozenset(lower),
         versions=stored["versions"] if isinstance(stored.get("versions"), dict) else {},
         best={key: _best(methods, key, key in lower) for key in metrics},
+        twins=_twins(_objects(stored.get("twins")), metrics),
         notes=notes,
     )
 
@@ -185,12 +196,25 @@ def _methods(table: list[dict[str, Any]], rows: list[Row], metrics: list[str]) -
         policy, objective = entry.get("policy"), entry.get("objective")
         title = method_title(policy, objective) if "policy" in entry or "objective" in entry else ""
         methods.append(Method(place, name, title, policy, objective, cells, versus, own))
-    for key in metrics:
-        others = [m for m in methods if m.versus]
-        if len(others) > 1:
-            for method, adjusted in zip(others, holm([m.versus[key].p for m in others]), strict=True):
-                method.versus[key] = method.versus[key]._replace(adjusted=adjusted)
+    _correct([method.versus for method in methods if method.versus], metrics)
     return methods
+
+
+def _twins(stored: list[dict[str, Any]], metrics: list[str]) -> list[Twin]:
+    twins = []
+    for entry in stored:
+        versus = {key: _versus(dig(entry, "tests", key)) for key in metrics}
+        twins.append(Twin(str(entry.get("name")), str(entry.get("base")), versus))
+    _correct([twin.versus for twin in twins], metrics)
+    return twins
+
+
+def _correct(tests: list[dict[str, Versus]], metrics: list[str]) -> None:
+    """Write Holm's p into several tests of one kind."""
+    if len(tests) > 1:
+        for key in metrics:
+            for test, adjusted in zip(tests, holm([test[key].p for test in tests]), strict=True):
+                test[key] = test[key]._replace(adjusted=adjusted)
 
 
 def _cell(stored: Any, rows: list[Row], key: str) -> Cell:

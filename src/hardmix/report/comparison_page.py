@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from hardmix.report import plots
-from hardmix.report.comparison import Comparison, Method, Row
+from hardmix.report.comparison import Comparison, Method, Row, Twin, Versus
 from hardmix.report.plots import Level, Line, Plot
 from hardmix.report.robustness_plots import section
 from hardmix.report.run_page import class_names, is_mixed, step_time, versions
@@ -74,6 +74,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "metrics": columns,
         "groups": _groups(comparison.metrics),
         "methods": methods,
+        "twins": [_twin(comparison, twin) for twin in comparison.twins],
         "corrected": any(v.adjusted is not None for m in comparison.methods for v in m.versus.values()),
         "levels": _levels(comparison),
         "hard": _hard(comparison),
@@ -127,15 +128,23 @@ def _cell(comparison: Comparison, method: Method, key: str) -> Cell:
     is_best = best is not None and best.place == method.place
     interval = show_range(key, cell.low, cell.high)
     told = Cell(show(key, cell.mean), interval, is_best, is_best and best is not None and best.clear)
-    if not method.versus:
-        return told
-    versus = method.versus[key]
-    return told._replace(
+    return _with_difference(comparison, told, method.versus[key], key) if method.versus else told
+
+
+def _with_difference(comparison: Comparison, cell: Cell, versus: Versus, key: str) -> Cell:
+    return cell._replace(
         difference=show_difference(key, versus.difference),
         gap=show_range(key, versus.low, versus.high, signed=True),
         p=p_value(versus.p if versus.adjusted is None else versus.adjusted),
         state=versus.verdict(key in comparison.lower),
     )
+
+
+def _twin(comparison: Comparison, twin: Twin) -> dict[str, Any]:
+    colors = {method.name: method.place % len(plots.COLORS) for method in comparison.methods}
+    empty = Cell("", "", False, False)
+    cells = [_with_difference(comparison, empty, twin.versus[key], key) for key in comparison.metrics]
+    return {"name": twin.name, "base": twin.base, "color": colors.get(twin.name, 0), "cells": cells}
 
 
 def _row(comparison: Comparison, row: Row, place: int) -> dict[str, Any]:

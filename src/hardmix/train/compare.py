@@ -111,11 +111,17 @@ def summarise(
         if recipe is not first and len(seeds) > 1:
             row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in METRICS}
         table.append(row)
-    # Several recipes are tested against one: Holm's correction keeps the chance of any false alarm at 5 %.
-    tested = [row["versus_first"] for row in table if row["versus_first"]]
-    for metric in METRICS:
-        for test, p in zip(tested, holm([test[metric]["p"] for test in tested]), strict=True):
-            test[metric]["p_holm"] = p
+    _correct([row["versus_first"] for row in table if row["versus_first"]])
+    twins: list[dict[str, Any]] = [
+        {
+            "name": other.name,
+            "base": base.name,
+            "tests": {m: paired_test(values(other, m), values(base, m))._asdict() for m in METRICS},
+        }
+        for base, other in objective_twins(recipes)
+        if len(seeds) > 1 and base is not first
+    ]
+    _correct([twin["tests"] for twin in twins])
     runs = [
         {
             "name": job.recipe.name,
@@ -133,9 +139,29 @@ def summarise(
         "seeds": seeds,
         "runs": runs,
         "table": table,
+        "twins": twins,
         "versions": summaries[first.name, seeds[0]]["versions"],
         "device": summaries[first.name, seeds[0]]["device"],
     }
+
+
+def objective_twins(recipes: list[Recipe]) -> list[tuple[Recipe, Recipe]]:
+    """(base, other) for every recipe that differs from an earlier one in its objective alone: what the loss does."""
+    apart = {"name", "about", "seed", "objective"}
+    found = []
+    for place, other in enumerate(recipes):
+        same = other.model_dump(exclude=apart)
+        base = next((r for r in recipes[:place] if r.model_dump(exclude=apart) == same), None)
+        if base is not None:
+            found.append((base, other))
+    return found
+
+
+def _correct(tests: list[dict[str, Any]]) -> None:
+    """Several tests of one kind: Holm's correction keeps the chance of any false alarm at 5 %."""
+    for metric in METRICS:
+        for test, p in zip(tests, holm([test[metric]["p"] for test in tests]), strict=True):
+            test[metric]["p_holm"] = p
 
 
 def _nobody(number: int, event: dict[str, Any]) -> None:
