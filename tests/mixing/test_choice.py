@@ -1,0 +1,176 @@
+"""RandomChoice and Scheduled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from hardmix.mixing import (
+    AugMix,
+    CutMix,
+    FMix,
+    GridMix,
+    MixPlan,
+    Mixup,
+    RandomChoice,
+    ResizeMix,
+    SaliencyMix,
+    Scheduled,
+    SmoothMix,
+)
+from hardmix.mixing.choice import combine
+from mixing.cases import blend_by_hand, rng
+
+X = torch.rand(6, 3, 12, 15, generator=rng())
+
+
+def kind(plan: MixPlan) -> str:
+    if plan.mask is not None:
+        return "cutmix"
+    return "none" if bool((plan.lam == 1).all()) else "mixup"
+
+
+def test_probabilities_per_batch() -> None:
+    mix = RandomChoice([Mixup(), CutMix(), None], p=[5, 3, 2])
+    generator = rng(1)
+    counts = {"mixup": 0, "cutmix": 0, "none": 0}
+    for _ in range(2000):
+        counts[kind(mix.plan(X, generator=generator))] += 1
+    assert stats.chisquare(list(counts.values()), [1000, 600, 400]).pvalue > 1e-4
+
+
+def test_probabilities_per_sample() -> None:
+    mix = RandomChoice([Mixup(alpha=5.0), CutMix(alpha=5.0), "none"], p=[0.5, 0.3, 0.2], per="sample")
+    plan = mix.plan(torch.zeros(6000, 1, 6, 6), generator=rng(2))
+    assert plan.mask is not None
+    mask = plan.mask.flatten(1)
+    constant = (mask == mask[:, :1]).all(1)
+    none = constant & (mask[:, 0] == 1) & (plan.partner == torch.arange(6000))
+    mixup = constant & ~none
+    counts = [int(mixup.sum()), int((~constant).sum()), int(none.sum())]
+    # a CutMix box may be empty or full (seen as "mixup" by its constant mask), at 36 pixels in few rows
+    assert stats.chisquare(counts, [3000, 1800, 1200]).pvalue > 1e-4
+
+
+def test_all_alike_without_p() -> None:
+    assert RandomChoice([Mixup(), CutMix()]).p == (0.5, 0.5)
+
+
+def test_combined_rows_are_the_policies_rows() -> None:
+    """Row i of the combined plan is row i of the plan that was chosen for it, in every kind of plan there is."""
+    from hardmix.mixing.draw import draw_partner
+
+    pairing = draw_partner(6, "permutation", rng(3))
+    policies = [Mixup(), CutMix(), SmoothMix(), GridMix(), FMix(), ResizeMix(), SaliencyMix(), AugMix()]
+    plans = [policy.draw(X, None, pairing, rng(k)) for k, policy in enumerate(policies)]
+    plans.append(MixPlan.identity(6))
+    blends = [plan.blend(X) for plan in plans]
+    for seed in range(6):
+        choice = torch.randint(0, len(plans), (6,), generator=rng(seed))
+        plan = combine(plans, choice, X)
+        mixed = plan.blend(X)
+        for i, k in enumerate(choice.tolist()):
+            assert torch.allclose(mixed[i], blends[k][i], atol=1e-5), (i, k)
+            assert plan.lam[i] == pytest.approx(float(plans[k].lam[i]), abs=1e-6)
+            assert int(plan.partner[i]) == int(plans[k].partner[i])
+        assert plan.mask is not None
+        assert torch.equal(plan.lam, plan.mask.mean((1, 2, 3)))
+        np.testing.assert_allclose(mixed.double().numpy(), blend_by_hand(X, plan), atol=1e-5)
+
+
+def test_only_shares_stay_shares() -> None:
+    plan = RandomChoice([Mixup(), None], per="sample").plan(X, generator=rng())
+    assert plan.mask is None
+    assert torch.allclose(plan.blend(torch.rand(6, 4)), plan.blend(torch.rand(6, 4)), atol=1)
+
+
+def test_shared_partner_per_sample() -> None:
+    mix = RandomChoice([Mixup(per="pair"), CutMix()], per="sample")
+    assert mix.pairing == "matching"
+    plan = mix.plan(X, generator=rng(4))
+    assert torch.equal(plan.partner[plan.partner], torch.arange(6))
+
+
+def test_nested() -> None:
+    inner = RandomChoice([Mixup(), None])
+    mix = RandomChoice([inner, CutMix(), Scheduled(FMix(), stop=0.5)], per="sample")
+    mixed, target = mix(X, torch.arange(6), generator=rng(5))
+    assert mixed.shape == X.shape
+    assert torch.allclose(target.weights.sum(1), torch.ones(6))
+
+
+def test_forward_is_plan_of_the_same_draw() -> None:
+    for per in ("batch", "sample"):
+        mix = RandomChoice([Mixup(), CutMix(), ResizeMix()], per=per)
+        for seed in range(8):
+            plan = mix.plan(X, generator=rng(seed))
+            assert torch.equal(mix(X, torch.arange(6), generator=rng(seed))[0], plan.blend(X))
+
+
+class TestScheduled:
+    @pytest.mark.parametrize("progress", [0.0, 0.24, 0.25, 0.74, 0.75, 1.0])
+    def test_active_from_start_up_to_stop(self, progress: float) -> None:
+        active = 0.25 <= progress < 0.75
+        mix = Scheduled(Mixup(), start=0.25, stop=0.75)
+        mix.set_progress(progress)
+        mixed, target = mix(X, torch.arange(6), generator=rng())
+        assert torch.equal(mixed, X) != active
+        assert mixed.data_ptr() != X.data_ptr()
+        plan = mix.plan(X, generator=rng())
+        if not active:
+            assert target.labels.tolist() == [[i, i] for i in range(6)]
+            assert target.weights.tolist() == [[1.0, 0.0]] * 6
+            assert torch.equal(plan.partner, torch.arange(6))
+        else:
+            assert torch.equal(mixed, plan.blend(X))
+
+    def test_before_any_word_the_progress_is_zero(self) -> None:
+        assert Scheduled(Mixup(), stop=0.5).active
+        assert not Scheduled(Mixup(), start=0.5).active
+
+    def test_word_travels_down(self) -> None:
+        inner = Scheduled(CutMix(), start=0.5)
+        outer = Scheduled(RandomChoice([inner, Mixup()]), stop=0.9)
+        RandomChoice([outer, None]).set_progress(0.6)
+        assert inner.active
+        assert outer.active
+        outer.set_progress(0.95)
+        assert inner.active
+        assert not outer.active
+
+    def test_still_checks_its_input(self) -> None:
+        mix = Scheduled(Mixup(), start=0.5)
+        with pytest.raises(ValueError, match="Scheduled: y has 2 entries but x has 6 rows"):
+            mix(X, torch.arange(2))
+
+    def test_settings(self) -> None:
+        with pytest.raises(ValueError, match=r"Scheduled: start is 0\.5 and stop is 0\.5; pass start < stop\."):
+            Scheduled(Mixup(), start=0.5, stop=0.5)
+        with pytest.raises(ValueError, match=r"Scheduled: stop is 1\.5; pass a number from 0 to 1\."):
+            Scheduled(Mixup(), stop=1.5)
+        with pytest.raises(TypeError, match=r"Scheduled: policy is a NoneType; pass a mixing policy\."):
+            Scheduled(None)
+        for wrong in (1.01, -0.1, float("nan")):
+            with pytest.raises(ValueError, match=r"Scheduled: fraction is .*; pass a number from 0 to 1"):
+                Scheduled(Mixup()).set_progress(wrong)
+
+
+def test_choice_settings() -> None:
+    with pytest.raises(ValueError, match=r"RandomChoice: policies is empty; pass at least one policy\."):
+        RandomChoice([])
+    with pytest.raises(TypeError, match="RandomChoice: policies holds a str; pass mixing policies, or None"):
+        RandomChoice(["mixup"])
+    for p in ([1.0], [0.0, 0.0], [0.5, 0.2, 0.3]):
+        with pytest.raises(ValueError, match="for 2 policies; pass one probability for each"):
+            RandomChoice([Mixup(), CutMix()], p=p)
+    for p in ([-0.5, 1.5], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match=r"RandomChoice: p is .*; pass a number from 0 to inf"):
+            RandomChoice([Mixup(), CutMix()], p=p)
+    with pytest.raises(ValueError, match="RandomChoice: per is 'pair'; pass one of 'batch', 'sample'"):
+        RandomChoice([Mixup()], per="pair")
+    with pytest.raises(ValueError, match=r"a policy has per=\"pair\" but pairing is 'shift'; pass \"matching\" or"):
+        RandomChoice([Mixup(per="pair"), CutMix()], per="sample", pairing="shift")
+    with pytest.raises(ValueError, match=r"RandomChoice: x has shape \(4, 5\); pass a batch with 3 to 5 axes"):
+        RandomChoice([Mixup(), CutMix()], per="sample").plan(torch.rand(4, 5))

@@ -1,0 +1,102 @@
+"""Policies inside torch.compile: one graph, no new one for each batch size, and the draw of the eager policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hardmix.mixing import AugMix, MixPlan
+from mixing.cases import POLICIES, constant_rows
+
+
+class Counter:
+    """A backend that runs the captured graph as it is, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("augmix", "fmix-released")])
+def test_one_graph_and_the_eager_draw(name: str) -> None:
+    """Two graphs for four sizes: one for the first, one for all that follow; same seed, same plan as in eager mode."""
+    counter = Counter()
+    policy = POLICIES[name]("sample")
+    compiled = torch.compile(policy, fullgraph=True, backend=counter)
+    for n in (4, 6, 5, 3):
+        values = 2.0 ** -torch.arange(n, dtype=torch.float32)
+        x, y = constant_rows(values, (1, 6, 7)), torch.arange(n)
+        torch.manual_seed(n)
+        mixed, (labels, weights) = compiled(x, y)
+        want = (weights * values[labels]).sum(1)
+        assert torch.allclose(mixed.flatten(1).mean(1), want, atol=1e-5)
+        torch.manual_seed(n)
+        again, target = policy(x, y)
+        if (
+            name != "choice-batch"
+        ):  # there a compiled step draws every policy's plan, an eager one only the chosen one's
+            assert torch.equal(labels, target.labels)
+            assert torch.allclose(weights, target.weights, atol=1e-6)
+            assert torch.allclose(mixed, again, atol=1e-5)
+    assert counter.graphs <= 2
+
+
+@pytest.mark.slow
+def test_augmix_is_one_graph() -> None:
+    counter = Counter()
+    policy = AugMix(width=1, depth=1)
+    compiled = torch.compile(policy, fullgraph=True, backend=counter)
+    for n in (4, 3, 5):
+        x = torch.rand(n, 1, 8, 8)
+        torch.manual_seed(n)
+        mixed, target = compiled(x, torch.arange(n))
+        torch.manual_seed(n)
+        assert torch.allclose(mixed, policy(x, torch.arange(n))[0], atol=1e-5)
+        assert bool((target.weights[:, 0] == 1).all())
+    assert counter.graphs <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "fmix", "resizemix", "augmix"])
+def test_blend_of_a_drawn_plan(name: str) -> None:
+    """Each plan comes with another shift, box or mask; none of them is a constant of the graph."""
+    policy = POLICIES[name]("sample")
+    counter = Counter()
+
+    def blend(plan: MixPlan, x: torch.Tensor) -> torch.Tensor:
+        return plan.blend(x)
+
+    compiled = torch.compile(blend, fullgraph=True, backend=counter)
+    for n in (4, 6, 5, 3):
+        x = torch.rand(n, 1, 6, 7)
+        for _ in range(3):
+            plan = policy.plan(x)
+            assert torch.allclose(compiled(plan, x), plan.blend(x), atol=1e-6)
+    assert counter.graphs <= 2
+
+
+def test_a_schedule_is_compiled_twice_at_most() -> None:
+    policy = POLICIES["scheduled"]("sample")
+    counter = Counter()
+    compiled = torch.compile(policy, fullgraph=True, backend=counter)
+    x, y = torch.rand(6, 1, 6, 7), torch.arange(6)
+    torch.manual_seed(0)
+    for step in range(10):
+        policy.set_progress(step / 10)
+        mixed, target = compiled(x, y)
+        assert torch.equal(target.labels[:, 0], target.labels[:, 1]) == (step >= 5)
+        assert step < 5 or torch.equal(mixed, x)
+    assert counter.graphs <= 2

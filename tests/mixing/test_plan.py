@@ -1,0 +1,262 @@
+"""MixPlan: blending anything with one draw, and the labels that belong to it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardmix.mixing import CutMix, FMix, MixPlan, Mixup, ResizeMix
+from mixing.cases import blend_by_hand, rng
+
+N = 5
+PARTNER = torch.tensor([3, 0, 4, 1, 2])
+LAM = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])
+
+
+def random_mask(size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.rand((N, 1, *size), generator=rng(seed))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 9), (3, 6, 5), (2, 4, 5, 6), (1, 160, 160)], ids=str)
+@pytest.mark.parametrize("kind", ["lam", "mask", "shift", "box"])
+def test_blend_matches_the_definition(shape: tuple[int, ...], kind: str) -> None:
+    x = torch.rand((N, *shape), generator=rng(), dtype=torch.float64)
+    size = shape[1:]
+    if kind == "lam" or (kind == "mask" and not size):
+        plan = MixPlan(PARTNER, LAM)
+    elif kind == "mask":
+        mask = random_mask(size)
+        plan = MixPlan(PARTNER, mask.mean(tuple(range(1, mask.ndim))), mask)
+    elif kind == "shift":
+        plan = MixPlan((torch.arange(N) + 2) % N, LAM, shift=2)
+    else:
+        box = (
+            torch.stack(
+                [torch.stack([torch.tensor([0, side]), *[torch.tensor([1, 1 + side // 2])] * 4]) for side in size], 1
+            )
+            if size
+            else None
+        )
+        plan = MixPlan(PARTNER, LAM, box=box, size=tuple(size) if size else None)
+    np.testing.assert_allclose(plan.blend(x).numpy(), blend_by_hand(x, plan), atol=1e-7)
+    half = x.to(torch.float16)
+    np.testing.assert_allclose(plan.blend(half).double().numpy(), blend_by_hand(half, plan), atol=5e-4)
+    bytes_ = (x * 255).to(torch.uint8)
+    assert np.abs(plan.blend(bytes_).double().numpy() - blend_by_hand(bytes_, plan)).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_blended_in_single_precision_and_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 3, 8, 8, generator=rng()).to(dtype)
+    plan = Mixup(alpha=1.0).plan(x, generator=rng(1))
+    want = torch.from_numpy(blend_by_hand(x, plan))
+    assert torch.equal(plan.blend(x), want.to(torch.float32).to(dtype))
+
+
+def test_boxes_copy_bits() -> None:
+    """Where a mask is 0 or 1 the pixel is one of the two, bit for bit; also where the other one is not a number."""
+    x = torch.randn(6, 3, 9, 7, generator=rng())
+    x[0] = float("nan")
+    plan = CutMix().plan(x, generator=rng(2))
+    mask = plan.mask
+    assert mask is not None
+    want = torch.where(mask > 0, x, x[plan.partner])
+    assert torch.equal(plan.blend(x).nan_to_num(7.0), want.nan_to_num(7.0))
+    for policy in (FMix(), CutMix()):
+        for dtype in (torch.float16, torch.float64, torch.uint8):
+            y = (x.nan_to_num(0.5) * 50 + 100).to(dtype)
+            plan = policy.plan(y, generator=rng(3))
+            assert plan.mask is not None
+            assert torch.equal(plan.blend(y), torch.where(plan.mask > 0, y, y[plan.partner]))
+
+
+def test_other_sizes_and_ranks() -> None:
+    images = torch.rand(N, 3, 16, 12, generator=rng())
+    plan = CutMix().plan(images, generator=rng(4))
+    mask = plan.mask
+    assert mask is not None
+    hidden = torch.rand(N, 20, 4, 3, generator=rng(1))
+    share = mask.view(N, 1, 4, 4, 3, 4).mean((3, 5))  # each hidden cell sees 4 x 4 pixels
+    want = share * hidden + (1 - share) * hidden[plan.partner]
+    assert torch.allclose(plan.blend(hidden), want, atol=1e-6)
+    features = torch.rand(N, 11, generator=rng(2))
+    lam = plan.lam[:, None]
+    assert torch.allclose(plan.blend(features), lam * features + (1 - lam) * features[plan.partner], atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"x has shape \(5, 8, 10\) but the plan's mask has 2 spatial axes; pass \(N, C, H, W\)"
+    ):
+        plan.blend(torch.rand(N, 8, 10))
+    # tokens: lam alone needs no spatial axes
+    assert Mixup().plan(images).blend(torch.rand(N, 8, 10)).shape == (N, 8, 10)
+
+
+def test_second_view_gets_the_same_draw() -> None:
+    first, second = torch.rand(N, 3, 8, 8, generator=rng()), torch.rand(N, 3, 8, 8, generator=rng(1))
+    for policy in (Mixup(), CutMix(), FMix(), ResizeMix()):
+        plan = policy.plan(first, generator=rng(2))
+        again = policy.plan(second, generator=rng(2))
+        assert torch.equal(plan.blend(second), again.blend(second))
+
+
+def test_out_and_in_place() -> None:
+    x = torch.rand(N, 3, 70, 80, generator=rng())
+    for policy in (Mixup(), CutMix(), FMix(), ResizeMix(), Mixup(pairing="permutation")):
+        plan = policy.plan(x, generator=rng(3))
+        want = plan.blend(x)
+        out = torch.full_like(x, 7.0)
+        assert plan.blend(x, out=out) is out
+        assert torch.equal(out, want)
+        y = x.clone()
+        assert plan.blend_(y) is y
+        assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("policy", [Mixup(), Mixup(pairing="permutation"), CutMix(), FMix(), ResizeMix()], ids=repr)
+def test_gradients_reach_both_rows(policy: torch.nn.Module) -> None:
+    for side in (6, 130):
+        x = torch.rand(4, 1, side, side, generator=rng(), dtype=torch.float64, requires_grad=True)
+        plan = policy.plan(x, generator=rng(1))
+        plan.blend(x).sum().backward()
+        assert x.grad is not None
+        got = x.grad.sum((1, 2, 3)) / side**2
+        want = plan.lam.double().clone()
+        want.index_add_(0, plan.partner, 1 - plan.lam.double())
+        assert torch.allclose(got, want, atol=1e-6)
+    x = torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=rng(), requires_grad=True)
+    plan = policy.plan(x, generator=rng(1))
+    assert torch.autograd.gradcheck(plan.blend, x, eps=1e-6, atol=1e-5)
+
+
+def test_identity() -> None:
+    x = torch.rand(4, 3, 8, 8, generator=rng())
+    plan = MixPlan.identity(4)
+    mixed = plan.blend(x)
+    assert torch.equal(mixed, x)
+    assert mixed.data_ptr() != x.data_ptr()
+    labels, weights = plan.target(torch.tensor([5, 6, 7, 8]))
+    assert labels[:, 0].tolist() == labels[:, 1].tolist() == [5, 6, 7, 8]
+    assert weights.tolist() == [[1.0, 0.0]] * 4
+    assert torch.equal(plan.blend(x, out=torch.zeros_like(x)), x)
+    assert len(plan) == 4
+
+
+def test_copies_pickle_and_repr() -> None:
+    x = torch.rand(4, 3, 8, 8, generator=rng())
+    for policy in (CutMix(), ResizeMix(), FMix()):
+        plan = policy.plan(x, generator=rng(1))
+        for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), plan.to("cpu")):
+            assert torch.equal(twin.blend(x), plan.blend(x))
+        assert repr(plan).startswith("MixPlan(4 rows, lam from 0.")
+        assert "mask (4, 1, 8, 8)" in repr(plan)
+
+
+def test_blend_refusals() -> None:
+    plan = CutMix().plan(torch.rand(4, 3, 8, 8), generator=rng())
+    with pytest.raises(
+        ValueError, match=r"MixPlan\.blend: x has 3 entries but the plan has 4 rows; pass one entry per row\."
+    ):
+        plan.blend(torch.rand(3, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"MixPlan\.blend: x is on meta but the plan is on cpu; move both"):
+        plan.blend(torch.rand(4, 3, 8, 8, device="meta"))
+    with pytest.raises(TypeError, match=r"MixPlan\.blend: x is a list; pass a torch\.Tensor\."):
+        plan.blend([1.0])
+    with pytest.raises(TypeError, match=r"x has dtype torch\.bool"):
+        plan.blend(torch.zeros(4, 3, 8, 8, dtype=torch.bool))
+    changed = MixPlan(torch.arange(2), torch.ones(2), own=torch.rand(2, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"x has shape \(2, 3, 4, 4\) but the plan's own images have \(2, 3, 8, 8\); draw a plan"
+    ):
+        changed.blend(torch.rand(2, 3, 4, 4))
+    changed = MixPlan(torch.arange(2), torch.ones(2), other=torch.rand(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"the plan's other images have \(2, 3, 8, 8\)"):
+        changed.blend(torch.rand(2, 1, 8, 8))
+
+
+class TestTarget:
+    plan = MixPlan(PARTNER, LAM)
+
+    @pytest.mark.parametrize(
+        "y",
+        [
+            torch.tensor([4, 1, 0, 2, 2]),
+            torch.tensor([4, 1, 0, 2, 2], dtype=torch.int32),
+            torch.tensor([0.5, 31.0, -2.0, 0.0, 77.5]),
+            torch.eye(5)[torch.tensor([4, 1, 0, 2, 2])],
+            torch.tensor([[1, 0, 1]] * 2 + [[0, 0, 0]] * 3),
+            torch.rand(N, 4, generator=rng(), dtype=torch.float64),
+            torch.tensor([[True, False, True]] * N),
+        ],
+        ids=["ints", "int32", "floats", "one-hot", "multi-hot", "soft", "bools"],
+    )
+    def test_every_kind_is_own_then_partner(self, y: torch.Tensor) -> None:
+        labels, weights = self.plan.target(y)
+        assert labels.dtype == (y.dtype if y.is_floating_point() else torch.long)
+        assert torch.equal(labels[:, 0], y)
+        assert torch.equal(labels[:, 1], y[PARTNER])
+        assert torch.equal(weights[:, 0], LAM)
+        assert torch.equal(weights.sum(1), torch.ones(N))
+
+    def test_regression_is_never_rounded(self) -> None:
+        y = torch.tensor([0.7, 3.2, -1.5, 60.25, 8.0])
+        want = LAM * y + (1 - LAM) * y[PARTNER]
+        assert torch.allclose(self.plan.target(y).mean(), want)
+
+    def test_series_masks_need_a_word(self) -> None:
+        y = torch.randint(0, 3, (N, 9), generator=rng())
+        plan = CutMix().plan(torch.rand(N, 2, 9), generator=rng(1))
+        rows, masks = plan.target(y), plan.target(y, kind="mask")
+        assert rows.weights.shape == (N, 2)
+        assert masks.weights.shape == (N, 2, 9)
+        assert plan.mask is not None
+        assert torch.equal(masks.weights[:, 0], plan.mask[:, 0])
+        assert torch.equal(plan.target(y, kind="rows").weights, rows.weights)
+
+    def test_masks_without_a_place_take_lam_everywhere(self) -> None:
+        y = torch.randint(0, 3, (N, 4, 6), generator=rng())
+        target = self.plan.target(y)
+        dense = target.dense(3)
+        one_hot = torch.nn.functional.one_hot(y, 3).movedim(-1, 1).float()
+        lam = LAM.view(-1, 1, 1, 1)
+        assert torch.allclose(dense, lam * one_hot + (1 - lam) * one_hot[PARTNER], atol=1e-6)
+
+    def test_refusals(self) -> None:
+        plan = CutMix().plan(torch.rand(N, 3, 8, 8), generator=rng())
+        with pytest.raises(ValueError, match=r"y has 4 entries but the plan has 5 rows; pass one entry per row\."):
+            plan.target(torch.arange(4))
+        with pytest.raises(ValueError, match=r"y has no entries but the plan has 5 rows"):
+            plan.target(torch.tensor(1))
+        with pytest.raises(TypeError, match=r"MixPlan\.target: y is a list; pass a torch\.Tensor\."):
+            plan.target([1, 2, 3, 4, 5])
+        with pytest.raises(ValueError, match=r"y is on meta but the plan is on cpu"):
+            plan.target(torch.arange(5, device="meta"))
+        with pytest.raises(ValueError, match=r"y has shape \(5, 8, 8\) and dtype torch\.float32; pass \(N,\) or"):
+            plan.target(torch.rand(5, 8, 8))
+        with pytest.raises(TypeError, match=r"y is a mask of dtype torch\.float32; pass integer class ids per pixel\."):
+            plan.target(torch.rand(5, 8, 8), kind="mask")
+        with pytest.raises(
+            ValueError, match=r"y has spatial size \(4, 4\) but the plan's mask has \(8, 8\); pass masks at"
+        ):
+            plan.target(torch.zeros(5, 4, 4, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"kind is 'masks'; pass one of .*did you mean \"mask\""):
+            plan.target(torch.arange(5), kind="masks")
+        changed = MixPlan(PARTNER, LAM, own=torch.rand(N, 3, 8, 8))
+        with pytest.raises(ValueError, match="y is a dense mask but the plan changes pixels before it mixes"):
+            changed.target(torch.zeros(N, 8, 8, dtype=torch.long))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_partner_any_lam(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 8))
+    partner = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n)))
+    lam = torch.tensor(data.draw(st.lists(st.floats(0, 1, width=32), min_size=n, max_size=n)))
+    side = data.draw(st.sampled_from([1, 3, 150]))  # 150: rows large enough for the row-by-row form
+    x = torch.rand(n, 1, side, side, generator=rng(data.draw(st.integers(0, 99))))
+    plan = MixPlan(partner, lam)
+    np.testing.assert_allclose(plan.blend(x).double().numpy(), blend_by_hand(x, plan), atol=1e-6)

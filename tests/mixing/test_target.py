@@ -1,0 +1,115 @@
+"""MixedTarget: to the dense soft labels of other libraries and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardmix.mixing import MixedTarget, Mixup
+from mixing.cases import rng
+
+
+def by_hand(labels: list[list[int]], weights: list[list[float]], num_classes: int, smoothing: float) -> torch.Tensor:
+    out = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    for i, (row, shares) in enumerate(zip(labels, weights, strict=True)):
+        for label, share in zip(row, shares, strict=True):
+            out[i, label] += share
+    return out * (1 - smoothing) + smoothing / num_classes
+
+
+def test_dense_adds_up_equal_classes_and_smooths() -> None:
+    target = MixedTarget(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[0.3, 0.7], [0.4, 0.6]]))
+    assert torch.allclose(target.dense(3), torch.tensor([[0.3, 0.0, 0.7], [0.0, 1.0, 0.0]]))
+    for smoothing in (0.0, 0.1, 1.0):
+        want = by_hand([[0, 2], [1, 1]], [[0.3, 0.7], [0.4, 0.6]], 3, smoothing)
+        assert torch.allclose(target.dense(3, smoothing=smoothing).double(), want, atol=1e-7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_round_trip(data: st.DataObject) -> None:
+    """dense -> from_dense -> dense loses nothing but the smoothing."""
+    n, classes = data.draw(st.integers(1, 6)), data.draw(st.integers(3, 12))
+    labels = data.draw(st.lists(st.lists(st.integers(0, classes - 1), min_size=2, max_size=2), min_size=n, max_size=n))
+    lam = data.draw(st.lists(st.floats(0, 1).map(lambda v: round(v, 3)), min_size=n, max_size=n))
+    smoothing = data.draw(st.sampled_from([0.0, 0.1, 0.5]))
+    target = MixedTarget(torch.tensor(labels), torch.tensor([[v, 1 - v] for v in lam]))
+    back = MixedTarget.from_dense(target.dense(classes, smoothing=smoothing))
+    assert back.labels.shape == back.weights.shape == (n, 2)
+    assert torch.allclose(back.weights.sum(1), torch.ones(n), atol=1e-6)
+    assert torch.allclose(back.dense(classes), target.dense(classes), atol=1e-5)
+
+
+def test_from_dense_edges() -> None:
+    one = MixedTarget.from_dense(torch.tensor([[0.0, 1.0, 0.0]]))
+    assert one.labels.tolist() == [[1, 1]]
+    assert one.weights.tolist() == [[1.0, 0.0]]
+    hard = MixedTarget.from_dense(F.one_hot(torch.tensor([2, 0]), 4))
+    assert hard.labels[:, 0].tolist() == [2, 0]
+    two_classes = MixedTarget.from_dense(torch.tensor([[0.25, 0.75]]))
+    assert two_classes.labels.tolist() == [[1, 0]]
+    assert two_classes.weights.tolist() == [[0.75, 0.25]]
+    single = MixedTarget.from_dense(torch.tensor([[1.0]]))
+    assert single.labels.tolist() == [[0, 0]]
+    three = MixedTarget.from_dense(torch.tensor([[0.5, 0.2, 0.3, 0.0]]), num_labels=3)
+    assert three.labels.tolist() == [[0, 2, 1]]
+    half = MixedTarget.from_dense(torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float16))
+    assert half.labels.tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match=r"MixedTarget\.from_dense: dense has shape \(3,\); pass a batch with 2 axes"):
+        MixedTarget.from_dense(torch.rand(3))
+    with pytest.raises(ValueError, match=r"num_labels is 0; pass an integer of at least 1"):
+        MixedTarget.from_dense(torch.rand(3, 4), num_labels=0)
+
+
+def test_dense_rows_and_masks() -> None:
+    rows = torch.rand(4, 2, 6, generator=rng())
+    weights = torch.tensor([[0.25, 0.75]]).expand(4, 2)
+    dense = MixedTarget(rows, weights).dense()
+    assert torch.allclose(dense, 0.25 * rows[:, 0] + 0.75 * rows[:, 1])
+    with pytest.raises(ValueError, match="num_classes is 5 but the labels have 6 columns"):
+        MixedTarget(rows, weights).dense(5)
+    masks = torch.randint(0, 3, (4, 2, 5, 7), generator=rng())
+    dense = MixedTarget(masks, torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)).dense(3)
+    one_hot = F.one_hot(masks, 3).movedim(-1, 2).float()
+    assert torch.allclose(dense, 0.25 * one_hot[:, 0] + 0.75 * one_hot[:, 1])
+
+
+def test_refusals() -> None:
+    ints = MixedTarget(torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.5]]))
+    with pytest.raises(ValueError, match=r"MixedTarget\.dense: num_classes is missing; pass the number of classes C\."):
+        ints.dense()
+    with pytest.raises(
+        ValueError, match="labels holds the class 3, but there are 3 classes; pass class ids from 0 to 2"
+    ):
+        ints.dense(3)
+    with pytest.raises(ValueError, match=r"smoothing is 1\.5; pass a number from 0 to 1"):
+        ints.dense(4, smoothing=1.5)
+    floats = MixedTarget(torch.tensor([[0.5, 3.0]]), torch.tensor([[0.5, 0.5]]))
+    with pytest.raises(ValueError, match=r"the labels are floats \(regression\); use \.mean\(\)"):
+        floats.dense(4)
+
+
+def test_mean_and_mixed_loss() -> None:
+    x, y = torch.rand(6, 3, generator=rng()), torch.rand(6, generator=rng(1)) * 90
+    _, target = Mixup()(x, y, generator=rng(2))
+    want = (target.weights * target.labels).sum(1)
+    assert torch.allclose(target.mean(), want)
+    logits, labels = torch.randn(6, 4, generator=rng(3)), torch.randint(0, 4, (6,), generator=rng(4))
+    _, target = Mixup()(x, labels, generator=rng(2))
+    losses = target.mixed_loss(lambda y: F.cross_entropy(logits, y, reduction="none"))
+    soft = -(target.dense(4) * logits.log_softmax(1)).sum(1)
+    assert losses.shape == (6,)
+    assert torch.allclose(losses, soft, atol=1e-6)
+    rows = MixedTarget(torch.rand(3, 2, 5, generator=rng()), torch.tensor([[0.5, 0.5]]).expand(3, 2))
+    assert rows.mean().shape == (3, 5)
+
+
+def test_is_a_plain_pytree() -> None:
+    target = MixedTarget(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    leaves, spec = torch.utils._pytree.tree_flatten(target)
+    assert len(leaves) == 2
+    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), MixedTarget)
+    assert target.to("meta").labels.device.type == "meta"
