@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,13 +89,17 @@ def run(
 
     The run folder (default runs/NAME/seed-S) holds recipe.toml, metrics.jsonl, summary.json, checkpoints, report.html.
     """
+    from hardmix.train.errors import RecipeError
     from hardmix.train.loop import run_recipe
-    from hardmix.train.recipe import RecipeError, load_recipe
+    from hardmix.train.recipe import load_recipe
 
     if (recipe is None) == (resume is None):
         raise RecipeError("pass either a recipe to start or --resume RUN to go on; `hardmix list` shows the recipes.")
     if resume is not None:
-        loaded = load_recipe(str(resume / "recipe.toml"), sets)
+        if sets or out or smoke or seed is not None:
+            raise RecipeError("--resume goes on with a run as it is; leave out --set, --seed, --smoke and --out.")
+        _is_run(resume)
+        loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
         loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else [])])
@@ -126,7 +129,9 @@ def compare(
 @app.command("eval")
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a comparison with --robustness.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, best or a step number.")] = "last",
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="last, best or a step number; default the recipe's choice.")
+    ] = None,
     data_path: Annotated[str, typer.Option("--data-path", help="Where the data set is, if it has moved.")] = "",
     robustness: Annotated[
         bool, typer.Option("--robustness", help="Also occluded, attacked, corrupted and mixed images, and calibration.")
@@ -144,6 +149,8 @@ def evaluate(
         return
     from hardmix.train.evaluate import evaluate_run
 
+    _is_run(run_folder)
+    checkpoint = checkpoint or _recipes_choice(run_folder)
     result = evaluate_run(run_folder, checkpoint, data_path)
     _print_metrics(result["test"], f"{result['name']}, checkpoint of step {result['step']}")
 
@@ -222,8 +229,9 @@ def copy(
     to: Annotated[Path | None, typer.Argument(help="TOML file to write; default NAME.toml here.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file to edit, with every default written out."""
+    from hardmix.train.errors import RecipeError
     from hardmix.train.files import write_text
-    from hardmix.train.recipe import RecipeError, load_recipe
+    from hardmix.train.recipe import load_recipe
 
     resolved = load_recipe(recipe)
     path = to or Path(f"{resolved.name}.toml")
@@ -252,14 +260,14 @@ def main() -> None:
         code = _exit_code(error)
         if code is None:
             raise
-        errors.print(f"[red]hardmix:[/red] {escape(_message(error))}", soft_wrap=True)
+        if message := _message(error):
+            errors.print(f"[red]hardmix:[/red] {escape(message)}", soft_wrap=True)
         raise SystemExit(code) from None
 
 
 def _exit_code(error: Exception) -> int | None:
     """130 / 143 for an interrupted run, 3 for a run that broke, 2 for bad input, None for a bug of ours."""
-    from hardmix.train.loop import Interrupted, RunError
-    from hardmix.train.state import CheckpointError
+    from hardmix.train.errors import CheckpointError, Interrupted, RunError
 
     if isinstance(error, Interrupted):
         return 128 + error.signum
@@ -289,16 +297,34 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
     _say_where("Report", out / "report.html")
 
 
-def _evaluate_robustness(folder: Path, checkpoint: str, data_path: str, samples: int) -> None:
+def _is_run(folder: Path) -> None:
+    """A run folder, or one sentence that says what it is instead."""
+    if (folder / "comparison.json").is_file():
+        raise ValueError(f"{folder} is a comparison; name one of the runs in it, such as {folder}/NAME/seed-0.")
+    if not (folder / "recipe.toml").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder (it holds no recipe.toml); name the folder of a run.")
+
+
+def _recipes_choice(folder: Path) -> str:
+    from hardmix.train.recipe import load_recipe
+
+    return load_recipe(str(folder / "recipe.toml")).eval.checkpoint
+
+
+def _evaluate_robustness(folder: Path, checkpoint: str | None, data_path: str, samples: int) -> None:
     from hardmix.report.page import write_comparison_report, write_run_report
     from hardmix.train.robustness import comparison_rows, robustness_of_comparison, robustness_of_run, rows
 
     heads: Sequence[str]
     lines: Sequence[Sequence[str]]
     if (folder / "comparison.json").is_file():
+        if checkpoint is not None:
+            raise ValueError("a comparison is measured at the last checkpoints; leave out --checkpoint.")
         heads, lines = comparison_rows(robustness_of_comparison(folder, data_path, samples=samples))
         page = write_comparison_report(folder)
     else:
+        _is_run(folder)
+        checkpoint = checkpoint or _recipes_choice(folder)
         heads = ("measure", "over", "values")
         lines = rows(robustness_of_run(folder, checkpoint, data_path, samples=samples))
         page = write_run_report(folder)
@@ -438,8 +464,3 @@ def _with_interval(value: dict[str, Any], metric: str) -> str:
     if value["low"] is None:
         return _number(value["mean"], metric)
     return f"{_number(value['mean'], metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()

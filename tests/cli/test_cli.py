@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hardmix.cli import main
 QUICK = [
     "--set", "data.name=digits", "--set", "data.train_samples=100", "--set", "train.epochs=1",
     "--set", "train.batch_size=32", "--set", "model.name=small-cnn", "--set", "model.options={width = 4}",
-    "--set", "train.threads=1",
+    "--set", "train.threads=1", "--set", "train.warmup_epochs=0",
 ]  # fmt: skip
 
 
@@ -146,7 +147,9 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
         (["run", "demo-mixup", "--set", "data.train_samples=3"], 2, "3"),
         (["compare", "demo-mixup", "demo-mixup"], 3, "two recipes are called demo-mixup"),
         (["show", "cutmixx"], 2, 'did you mean "cutmix"'),
-        (["eval", "nowhere"], 2, "nowhere"),
+        (["eval", "nowhere"], 2, "nowhere is no run folder"),
+        (["run", "--resume", "nowhere"], 2, "nowhere is no run folder"),
+        (["run", "--resume", "nowhere", "--seed", "3"], 2, "leave out --set, --seed"),
         (["report", "nowhere"], 2, "nowhere"),
         (["frobnicate"], 2, "frobnicate"),
     ],
@@ -175,3 +178,36 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, signum, code):
     assert "hardmix run --resume run" in err
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
     assert not Path(tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_comparison_keeps_checkpoints_leaves_no_workers_and_goes_on(tmp_path, signum, code):
+    long = [*QUICK, "--set", "train.epochs=2000", "--set", "train.log_every=1", "--set", "train.checkpoint_every=1000"]
+    command = [sys.executable, "-m", "hardmix", "compare", "demo-none", "demo-mixup", *long]
+    process = subprocess.Popen(
+        [*command, "--seeds", "2", "--jobs", "2", "--out", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    logs = [tmp_path / f"out/demo-{name}/seed-0/metrics.jsonl" for name in ("none", "mixup")]
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not all(log.is_file() and log.stat().st_size > 500 for log in logs):
+        time.sleep(0.1)
+    # A terminal sends Ctrl-C to the whole group, `kill` sends SIGTERM to one process.
+    os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "the same command goes on" in err
+    assert all(list(log.parent.glob("checkpoints/step-*")) for log in logs)
+    assert not (tmp_path / "out/demo-none/seed-1").exists()
+    group = ["pgrep", "-a", "-g", str(process.pid)]
+    deadline = time.monotonic() + 20  # multiprocessing's own helper ends a moment after its parent
+    while (left := subprocess.run(group, capture_output=True, text=True, check=False).stdout) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
+    assert not left

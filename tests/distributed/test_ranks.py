@@ -120,13 +120,14 @@ Path({folder!r} + "-" + rank + ".txt").write_text(repr(seen))
 def test_both_ranks_stop_together_and_the_run_resumes(tmp_path):
     body = f"""
 from pathlib import Path
-from hardmix.train.loop import Interrupted, run_recipe
+from hardmix.train.errors import Interrupted
+from hardmix.train.loop import run_recipe
 from tests.train.conftest import tiny
 try:
     recipe = tiny(train={{"epochs": 3000, "checkpoint_every": 1000, "log_every": 1}})
     run_recipe(recipe, Path({str(tmp_path / "run")!r}))
 except Interrupted as stopped:
-    print("stopped at", stopped.step)
+    print(stopped)
 """
     process = launch(tmp_path, body, wait=False)
     log = tmp_path / "run/metrics.jsonl"

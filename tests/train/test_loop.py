@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hardmix.train.loop import RunError, lr_factor, run_recipe
+from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.files import only_writer
+from hardmix.train.loop import lr_factor, run_recipe
 from hardmix.train.recipe import Recipe
-from hardmix.train.stop import Interrupted
 
 from .conftest import fingerprint, tiny
 
@@ -100,13 +101,42 @@ def test_a_finished_run_is_not_trained_again(straight):
 def test_folders_that_hold_something_else_are_refused(straight, tmp_path):
     with pytest.raises(RunError, match="already holds a run; pass --resume"):
         run_recipe(tiny(), straight)
-    with pytest.raises(RunError, match="run of another recipe"):
+    with pytest.raises(RunError, match=r"run of another recipe \(seed differ\)"):
         run_recipe(tiny(seed=5), straight, resume=True)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no run"):
         run_recipe(tiny(), tmp_path)
     with pytest.raises(RunError, match="is a file"):
         run_recipe(tiny(), tmp_path / "notes.txt")
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(straight):
+    with only_writer(straight) as held:
+        assert held
+        with pytest.raises(RunError, match="another process trains into"):
+            run_recipe(tiny(), straight, resume=True)
+
+
+def test_a_key_that_a_newer_version_adds_does_not_stop_a_resume(tmp_path, monkeypatch):
+    interrupted(tiny(), tmp_path / "run", 3, monkeypatch)
+    toml = tmp_path / "run/recipe.toml"
+    kept = [line for line in toml.read_text().splitlines() if not line.startswith("checkpoint_every")]
+    toml.write_text("\n".join(kept))
+    assert run_recipe(tiny(), tmp_path / "run", resume=True)["finished"]
+
+
+def test_the_best_checkpoint_is_what_the_summary_speaks_of(tmp_path):
+    summary = run_recipe(tiny(eval={"checkpoint": "best"}, train={"epochs": 4}), tmp_path / "run")
+    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert summary["checkpoint"] == {"which": "best", "step": best["step"]}
+    assert summary["validation"]["top1"] == best["score"]
+    with pytest.raises(ValueError, match=r"set data\.validation above 0"):
+        run_recipe(tiny(eval={"checkpoint": "best"}, data={"validation": 0}), tmp_path / "none")
+
+
+def test_class_weights_come_from_a_recipe(tmp_path):
+    objective = {"name": "decoupled-mixup", "weight": [1.0] * 9 + [2.0]}
+    assert run_recipe(tiny(objective=objective), tmp_path / "run")["finished"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(tmp_path):

@@ -71,6 +71,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
         ("[policy]\nname = 'mixup'\nalpha = true", "policy: Mixup: alpha is True"),
         ("[objective]\nname = 'decoupled-mixup'\nreduction = 'none'", "reduction is 'none'"),
         ("[policy]\nname = 'os.system'", 'policy: "os.system" is not a policy'),
+        ("[train]\nepochs = 1", "train.warmup_epochs is 1 but train.epochs is 1"),
         ("[policy]\nname = 'random-choice'", "policies is missing"),
         ("[policy]\nname = 'random-choice'\npolicies = [3]", "a nested policy is 3"),
         ("seed = -1", "seed: is -1"),
@@ -121,7 +122,7 @@ def test_large_and_deep_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "check"),
     [
-        ("train.epochs=3", lambda r: r.train.epochs == 3),
+        ("train.epochs=5", lambda r: r.train.epochs == 5),
         ("train.lr=1", lambda r: r.train.lr == 1.0),
         ("policy.alpha=0.4", lambda r: r.policy.options["alpha"] == 0.4),
         ("policy=none", lambda r: r.policy is None),

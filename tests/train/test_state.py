@@ -67,6 +67,23 @@ def test_damage_is_refused_and_the_older_one_named(tmp_path, name, damage):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"format":1,"files":{}}', '{"format":1,"files":[]}', '{"format":1,"files":{"a":{}}}', "[]"]
+)
+def test_a_manifest_of_another_shape_is_refused(tmp_path, text):
+    folder = save_checkpoint(tmp_path, 1, tensors(1.0), {})
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_note_of_the_best_is_named(tmp_path):
+    save_checkpoint(tmp_path, 1, tensors(1.0), {})
+    (tmp_path / "best.json").write_text('{"st')
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
+        load_checkpoint(tmp_path, "best")
+
+
 def test_newer_format_and_missing_ones(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_checkpoint(tmp_path)

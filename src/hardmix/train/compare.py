@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import Empty
@@ -15,12 +18,16 @@ from typing import Any, NamedTuple
 import torch
 
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
+from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import write_json
-from hardmix.train.loop import RunError, read_summary, run_recipe
+from hardmix.train.loop import read_summary, run_recipe
 from hardmix.train.recipe import Recipe
+from hardmix.train.stop import follow_parent
 
 #: told about runs: (run number, what the loop reports; {"done": True} at the end)
 Watch = Callable[[int, dict[str, Any]], None]
+
+GO_ON = "stopped; finished runs are kept, the same command goes on with the others."
 
 #: what the table shows first, and which way is better
 METRICS = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
@@ -45,7 +52,7 @@ def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
 
 def default_workers(jobs: int) -> int:
     """Side-by-side runs with one thread each use small machines best; a GPU gets one run at a time."""
-    return 1 if torch.cuda.is_available() else max(1, min(jobs, os.cpu_count() or 1))
+    return 1 if torch.cuda.is_available() else max(1, min(jobs, _cores()))
 
 
 def compare(
@@ -74,12 +81,19 @@ def compare(
     workers = workers or default_workers(len(jobs))
     out.mkdir(parents=True, exist_ok=True)
     watch = watch or _nobody
-    if workers == 1:
-        for number, job in enumerate(jobs):
-            run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
-            watch(number, {"done": True})
-    else:
-        _side_by_side(jobs, workers, watch)
+    try:
+        if workers == 1:
+            for number, job in enumerate(jobs):
+                run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
+                watch(number, {"done": True})
+        else:
+            _side_by_side(jobs, workers, watch)
+    except Interrupted as stopped:
+        raise Interrupted(GO_ON, stopped.signum) from None
+    except KeyboardInterrupt:
+        raise Interrupted(GO_ON, signal.SIGINT) from None
+    except BrokenProcessPool:
+        raise RunError("a run was killed, perhaps for memory; try again with fewer --jobs.") from None
     result = summarise(recipes, seeds, jobs, out, command=command, title=title)
     write_json(out / "comparison.json", result)
     write_csv(out)
@@ -171,35 +185,62 @@ def _nobody(number: int, event: dict[str, Any]) -> None:
 def _side_by_side(jobs: list[Job], workers: int, watch: Watch) -> None:
     """Runs in processes of their own, each with its share of the threads; events come back over a queue."""
     context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with context.Manager() as manager:
+    waiting = list(enumerate(jobs))
+    running: set[Future[None]] = set()
+    with context.Manager() as manager, _sigterm_raises():
         events = manager.Queue()
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
-            waiting = {pool.submit(_work, number, job, events) for number, job in enumerate(jobs)}
+        with ProcessPoolExecutor(workers, context, _start_worker, (max(1, _cores() // workers),)) as pool:
             try:
-                while waiting:
-                    _drain(events, watch)
-                    for future in [f for f in waiting if f.done()]:
-                        waiting.remove(future)
+                while waiting or running:
+                    # No more than there are workers: what the pool has taken in can't be called back.
+                    while waiting and len(running) < workers:
+                        running.add(pool.submit(_work, *waiting.pop(0), events))
+                    _tell(events, watch)
+                    for future in [f for f in running if f.done()]:
+                        running.remove(future)
                         future.result()
-                _drain(events, watch)
+                _tell(events, watch)
             except BaseException:
-                for future in waiting:
-                    future.cancel()
-                for process in pool._processes.values():
-                    os.kill(process.pid, signal.SIGTERM) if process.pid else None
+                # The workers save a checkpoint and end; leaving the pool waits for them.
+                for process in (pool._processes or {}).values():
+                    process.terminate()
                 raise
 
 
-def _drain(events: Any, watch: Watch) -> None:
+def _tell(events: Any, watch: Watch) -> None:
+    """Hand on the events that are there, waiting a moment for the first."""
     try:
-        while True:
-            watch(*events.get(timeout=0.1))
+        watch(*events.get(timeout=0.1))
+        for _ in range(events.qsize()):
+            watch(*events.get_nowait())
     except Empty:
         return
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the comparison like Ctrl-C, instead of leaving its workers behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: object) -> None:
+        raise Interrupted(GO_ON, signum)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker(threads: int) -> None:
+    follow_parent()
     torch.set_num_threads(threads)
 
 

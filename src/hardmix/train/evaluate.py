@@ -36,7 +36,7 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     overrides = [f"data.path={data_path}"] if data_path else []
     recipe = load_recipe(str(folder / "recipe.toml"), overrides)
     saved = load_checkpoint(folder / "checkpoints", which)
-    task = TASKS[recipe.task](recipe)
+    task = TASKS[recipe.task](recipe, pretrained=False)
     weights = saved.tensors["model"]
     if "ema" in saved.tensors:
         prefix = "module."
@@ -58,4 +58,7 @@ def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict
         {"name", "step", "test": {...}, "reliability": {...}}
     """
     run = load_run(folder, which, data_path)
-    return {"name": run.task.recipe.name, "step": run.step, **run.task.test(run.model, run.device)}
+    precision = run.task.recipe.train.precision
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(run.device.type, low, enabled=low is not None):  # as at the end of the training
+        return {"name": run.task.recipe.name, "step": run.step, **run.task.test(run.model, run.device)}

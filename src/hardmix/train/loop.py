@@ -10,6 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
 from hardmix.distributed import from_first, largest, mean_over_ranks, my_part
-from hardmix.train.files import write_json, write_text
+from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.log import NoLog, RunLog
-from hardmix.train.recipe import Recipe
+from hardmix.train.recipe import Recipe, load_recipe
 from hardmix.train.seeds import derive, generator
 from hardmix.train.state import (
     clean_leftovers,
@@ -33,15 +35,11 @@ from hardmix.train.state import (
     save_checkpoint,
     unflatten_optimizer,
 )
-from hardmix.train.stop import Interrupted, Stop, stop_signals
+from hardmix.train.stop import Stop, stop_signals
 from hardmix.train.tasks import TASKS
 
 #: called with {"step", "steps", "epoch", "epochs", "loss", "accuracy", "images_per_s"} a few times a second
 Progress = Callable[[dict[str, Any]], None]
-
-
-class RunError(RuntimeError):
-    """A run that can't start or go on, in one sentence."""
 
 
 def run_recipe(
@@ -56,27 +54,33 @@ def run_recipe(
         progress: told about the run a few times a second.
 
     Raises:
-        RunError: the folder holds another run, or the loss is not finite.
+        RunError: the folder holds another run, another process trains into it, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     accelerator = _accelerator(recipe)
-    problem = from_first(_problem_with(recipe, folder, resume) if accelerator.is_main_process else None)
-    if problem:
+    first = accelerator.is_main_process
+    if problem := from_first(_problem_with(recipe, folder, resume) if first else None):
         raise RunError(problem)
-    if (folder / "summary.json").is_file():
-        clean_leftovers(folder)
-        if not (folder / "report.html").is_file():
-            _write_report(folder)
-        return read_summary(folder)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    run = _Run(recipe, folder, accelerator)
-    try:
+    with ExitStack() as stack:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+        if not from_first(stack.enter_context(only_writer(folder)) if first else None):
+            raise RunError(f"another process trains into {folder}; wait for it, or choose another --out.")
+        if first:
+            clean_leftovers(folder)
+            clean_leftovers(folder / "checkpoints")
+        accelerator.wait_for_everyone()
+        if (folder / "summary.json").is_file():
+            if first and not (folder / "report.html").is_file():
+                _write_report(folder)
+            return read_summary(folder)
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        run = _Run(recipe, folder, accelerator)
+        stack.callback(run.log.close)
         with stop_signals() as stop:
             run.train(stop, progress)
         return run.finish()
-    finally:
-        run.log.close()
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -97,7 +101,16 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, accelerator: Any) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.device = accelerator.device
-        self.task = TASKS[recipe.task](recipe)
+        self.checkpoints = folder / "checkpoints"
+        steps = list_steps(self.checkpoints)
+        last = from_first(steps[-1] if steps else None)
+        if largest(int(last is not None and last not in steps)):
+            raise RunError(
+                f"not every process sees the checkpoints in {folder}; put it on a disk that all of them share."
+            )
+        # Weights to start from are not needed by a run that has a checkpoint of its own.
+        self.task = TASKS[recipe.task](recipe, pretrained=last is None)
+        self.task.objective.to(self.device)
         if recipe.train.channels_last:
             self.task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, _optimizer(self.task.model, recipe))
@@ -109,6 +122,12 @@ class _Run:
             average = get_ema_multi_avg_fn(recipe.train.ema)
             self.ema = AveragedModel(self.task.model, multi_avg_fn=average, use_buffers=True)
         self.batch_size = min(recipe.train.batch_size, self.task.num_train)
+        smallest = accelerator.num_processes * recipe.train.accumulate
+        if self.batch_size < smallest:
+            raise RunError(
+                f"train.batch_size is {self.batch_size}, but {accelerator.num_processes} processes x "
+                f"{recipe.train.accumulate} parts need at least {smallest}; make it larger."
+            )
         self.steps_per_epoch = self.task.num_train // self.batch_size
         self.steps = self.steps_per_epoch * recipe.train.epochs
         self.step, self.seconds = 0, 0.0
@@ -117,14 +136,9 @@ class _Run:
         # What was measured since the last line of the log; part of a checkpoint, so that resumed lines are the same.
         self.sums: dict[str, Any] = {}
         self.logged = 0
-        self.checkpoints = folder / "checkpoints"
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "recipe.toml", recipe.to_toml())
-            clean_leftovers(folder)
-            clean_leftovers(self.checkpoints)
-        accelerator.wait_for_everyone()
-        position = self._restore()
+        position = None if last is None else self._restore(last)
         self.log = RunLog(folder, position) if accelerator.is_main_process else NoLog()
 
     def train(self, stop: Stop, progress: Progress | None) -> None:
@@ -152,12 +166,15 @@ class _Run:
                 self._end_of_epoch(started)
             if signum := largest(stop.signum):
                 self._save(started)
-                raise Interrupted(self.folder, self.step, signum)
+                message = f"stopped at step {self.step}; go on with: hardmix run --resume {self.folder}"
+                raise Interrupted(message, signum)
 
     def finish(self) -> dict[str, Any]:
         """Measure the test split and write the summary, the gallery and the report."""
-        if self.recipe.eval.checkpoint == "best" and self.validation:
-            self._load_weights("best")
+        step = self.step
+        if self.recipe.eval.checkpoint == "best":
+            best = self._load_weights("best")
+            step, self.validation = best["step"], best["validation"]
         started = time.perf_counter()
         model = self._eval_model()
         with self.accelerator.autocast():
@@ -173,6 +190,7 @@ class _Run:
             **self.task.describe(),
             **result,
             "validation": self.validation,
+            "checkpoint": {"which": recipe.eval.checkpoint, "step": step},
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
@@ -312,22 +330,21 @@ class _Run:
         if self.best_step == self.step:
             mark_best(self.checkpoints, self.step, self.best)
 
-    def _restore(self) -> dict[str, int] | None:
-        """Go to the last checkpoint, if there is one. Returns where the logs ended then."""
-        if not list_steps(self.checkpoints):
-            return None
-        state = self._load_weights("last")
+    def _restore(self, step: int) -> dict[str, int]:
+        """Go to the checkpoint of a step. Returns where the logs ended then."""
+        state = self._load_weights(step)
         self.step = state["step"]
         if state["best"] is not None:
             self.best, self.best_step = state["best"]["score"], state["best"]["step"]
             # Killed between the checkpoint and the note which one is best: the checkpoint knows.
-            mark_best(self.checkpoints, self.best_step, self.best)
+            if self.accelerator.is_main_process:
+                mark_best(self.checkpoints, self.best_step, self.best)
         self.validation, self.seconds = state["validation"], state["seconds"]
         self.sums = {key: torch.tensor(value, device=self.device) for key, value in state["sums"].items()}
         self.logged = state["logged"]
         return state["log"]
 
-    def _load_weights(self, which: str) -> dict[str, Any]:
+    def _load_weights(self, which: str | int) -> dict[str, Any]:
         saved = load_checkpoint(self.checkpoints, which)
         model = self.accelerator.unwrap_model(self.model)
         match_shapes("resume", model, saved.tensors["model"])
@@ -394,9 +411,23 @@ def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
         return None
     if not resume:
         return f"{folder} already holds a run; pass --resume to go on with it, or another --out."
-    if before.read_text("utf-8") != recipe.to_toml():
-        return f"{folder} holds a run of another recipe; choose another --out, or resume it without changes."
+    # Compared as resolved recipes: a key that a newer version adds with a default is no change.
+    known, wanted = (flat(r.model_dump()) for r in (load_recipe(str(before)), recipe))
+    changed = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    if changed:
+        return (
+            f"{folder} holds a run of another recipe ({', '.join(changed[:5])} differ); "
+            "choose another --out, or resume it without changes."
+        )
     return None
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} as {"train.lr": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _peak_memory_mb(device: torch.device) -> float:

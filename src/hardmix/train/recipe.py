@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hardmix import tables
 from hardmix._check import did_you_mean
 from hardmix.data.catalog import CATALOG
 from hardmix.data.views import MOVES, PAINTS
 from hardmix.models.build import MODELS, model_options
+from hardmix.train.errors import RecipeError
 
 try:
     import tomllib
@@ -29,10 +40,6 @@ except ModuleNotFoundError:  # Python 3.10
 #: Recipes are written by hand; anything larger is another file passed by mistake.
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
-
-
-class RecipeError(ValueError):
-    """A recipe that can't be used; the message lists every mistake with its place."""
 
 
 class _Section(BaseModel):
@@ -169,6 +176,15 @@ class Recipe(_Section):
         """`--set policy=none` takes the policy off."""
         return None if value == "none" else value
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> Recipe:
+        if self.train.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"train.warmup_epochs is {self.train.warmup_epochs:g} but train.epochs is {self.train.epochs}; "
+                "the learning rate would never come down: set a smaller warm-up, 0 is fine"
+            )
+        return self
+
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
@@ -200,7 +216,10 @@ def build_objective(component: Component) -> Any:
     if component.options.get("reduction", "mean") != "mean":
         raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
     _check_options("objective", component.name, _parameters(cls), component.options)
-    return cls(**component.options)
+    options = component.options
+    if isinstance(options.get("weight"), list):
+        options["weight"] = torch.tensor(options["weight"], dtype=torch.float32)
+    return cls(**options)
 
 
 def _component(value: object) -> Component:

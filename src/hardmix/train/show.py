@@ -42,5 +42,6 @@ def show_policy(
     mask = plan.lam.view(-1, 1, 1, 1) if plan.mask is None else plan.mask
     picture = io.BytesIO()
     mixed_sheet(own, other, mask, mixed, texts).save(picture, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, picture.getvalue())
     return texts

@@ -23,13 +23,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hardmix.train.errors import CheckpointError
 from hardmix.train.files import sync_folder, write_json
 
 FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another kind."""
 
 
 class Checkpoint(NamedTuple):
@@ -77,10 +74,13 @@ def mark_best(root: Path, step: int, score: float) -> None:
 
 def best_step(root: Path) -> int | None:
     """The step that scored best, or None before the first evaluation."""
+    path = root / "best.json"
     try:
-        return int(json.loads((root / "best.json").read_text("utf-8"))["step"])
+        return int(json.loads(path.read_text("utf-8"))["step"])
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged; take the last checkpoint.") from None
 
 
 def list_steps(root: Path) -> list[int]:
@@ -153,9 +153,10 @@ def _put(path: Path, data: bytes, manifest: dict[str, Any] | None) -> None:
 def _read(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        files = manifest["files"]
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        files["state.json"]  # without it the rest is of no use
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"the manifest of checkpoint {folder} is missing or damaged") from None
     if version != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {version}, this version reads {FORMAT}")
@@ -165,7 +166,7 @@ def _read(folder: Path) -> Checkpoint:
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"checkpoint file {path} is missing")
         contents[name] = path.read_bytes()
-        if hashlib.sha256(contents[name]).hexdigest() != expected["sha256"]:
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise CheckpointError(f"checkpoint file {path} is damaged (its sha256 differs from the manifest)")
     tensors = {
         name.removesuffix(".safetensors"): load_tensors(data)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Ctrl-C or SIGTERM: the run stopped between two steps, with a checkpoint."""
-
-    def __init__(self, folder: Path, step: int, signum: int) -> None:
-        super().__init__(folder, step, signum)  # so that it survives the way back from another process
-        self.folder, self.step, self.signum = folder, step, signum
-
-    def __str__(self) -> str:
-        return f"stopped at step {self.step}; go on with: hardmix run --resume {self.folder}"
 
 
 class Stop:
@@ -28,20 +18,37 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; the second one ends the process at once."""
+    """Turn Ctrl-C and SIGTERM into a flag; the same signal once more ends the process at once.
+
+    A signal that the process ignores stays ignored: the workers of a comparison leave Ctrl-C to their parent.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def on_signal(signum: int, frame: object) -> None:
-        if stop.signum:
+        if stop.signum == signum:
             raise KeyboardInterrupt
         stop.signum = signum
 
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, on_signal) for s in heard}
     try:
         yield stop
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def follow_parent() -> None:
+    """Make a worker stop with its parent: it ignores Ctrl-C, which the parent hears, and ends if the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -29,7 +29,8 @@ class Classification:
 
     score = "top1"  # larger is better: picks the best checkpoint
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, pretrained: bool = True) -> None:
+        """`pretrained=False` leaves out the model's `checkpoint` option, for weights that are loaded afterwards."""
         data = load_images(
             recipe.data.name,
             recipe.data.path or None,
@@ -48,6 +49,10 @@ class Classification:
                 train, validation = train_validation_split(pool.labels, recipe.data.validation, seed=recipe.seed)
             self.train_set, self.validation_set = pool.subset(train), pool.subset(validation)
         self.test_set = data.test
+        if recipe.eval.checkpoint == "best" and len(self.validation_set) == 0:
+            raise ValueError(
+                'eval.checkpoint is "best" but nothing is kept for validation; set data.validation above 0.'
+            )
         if len(self.test_set.labels.unique()) < 2:
             raise ValueError(f"data: the test split of {data.name} shows one class only; it needs two or more.")
         self._hard_partner = other_class_partner(self.test_set.labels, generator=generator(0, "hard"))
@@ -60,7 +65,7 @@ class Classification:
             num_classes=len(data.train.class_names),
             in_channels=channels,
             image_size=height,
-            **recipe.model.options,
+            **{key: value for key, value in recipe.model.options.items() if pretrained or key != "checkpoint"},
         )
         self.policy = None if recipe.policy is None else build_policy(recipe.policy, self.model)
         self.objective = build_objective(recipe.objective)
@@ -85,7 +90,7 @@ class Classification:
 
     def start_step(self, progress: float) -> None:
         """Called before each step with the finished share of the training."""
-        if self.policy is not None and hasattr(self.policy, "set_progress"):
+        if self.policy is not None:
             self.policy.set_progress(progress)
 
     def loss(
