@@ -113,13 +113,16 @@ def same_device(who: str, name: str, value: Tensor, other_name: str, device: tor
         )
 
 
-def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Class ids lie in [0, num_classes). Reads values, so it only looks at CPU tensors: a GPU is never waited for."""
+def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> bool:
+    """Class ids lie in [0, num_classes). Reads values, so it only looks at CPU tensors: a GPU is never waited for.
+
+    True if it has looked and found nothing but class ids, False if it could not look or some are the ignored one.
+    """
     if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
-        return
+        return False
     low, high = (int(v) for v in torch.aminmax(labels))
     if low >= 0 and high < num_classes:
-        return
+        return True
     wrong = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:
         wrong &= labels != ignore_index
@@ -129,6 +132,7 @@ def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, igno
             f"{who}: {name} holds the class {first}, but there are {num_classes} classes; "
             f"pass class ids from 0 to {num_classes - 1}."
         )
+    return False
 
 
 def _type_or_value(value: object, message: str) -> Exception:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are done in: float64 stays, everything else becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) with all digits: the default threshold of 20 drops 2e-9, which float64 can tell; 40 nothing."""
+    return F.softplus(x, threshold=40)
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (`torch.func`) or forward-mode differentiation is under way. Its tensors look like
+    plain ones, but what NumPy, `out=` or a hand-written backward does to them is lost to it."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def reduce(values: Tensor, reduction: str, valid: Tensor | None = None) -> Tensor:
@@ -19,8 +32,6 @@ def reduce(values: Tensor, reduction: str, valid: Tensor | None = None) -> Tenso
     """
     if reduction == "none":
         return values
-    total = values.sum()
     if reduction == "sum":
-        return total
-    count = values.numel() if valid is None else valid.sum().clamp(min=1)
-    return total / count
+        return values.sum()
+    return values.mean() if valid is None else values.sum() / valid.sum().clamp(min=1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from hardmix.kernels import blend
 from hardmix.mixing import MixPlan
@@ -172,6 +173,17 @@ def test_blend_rows(dtype, size, layout):
     assert_kept(own, own.clone(), fresh)
     assert torch.equal(blend.blend_rows(own, other, weight, out=torch.empty_like(own)), fresh)
     assert torch.equal(blend.blend_rows(own, other, weight, out=own), fresh)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])  # 0: a row is larger than a piece
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_narrow_types_are_blended_in_pieces(dtype, rows, monkeypatch):
+    x, weight = make_batch((5, *SMALL), dtype), make_weight(5, SMALL, masked=True)
+    partner = torch.tensor([2, 3, 4, 0, 1])
+    monkeypatch.setattr(blend, "_PIECE", rows * math.prod(SMALL))
+    mixed = blend.blend_partner(x, partner, weight)
+    assert_blended(mixed, slow_blend(x, partner, weight), dtype)
+    assert torch.equal(blend.blend_rows(x, x[partner], weight, out=x), mixed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -370,3 +382,23 @@ def test_repeated_memory_is_not_written_to():
         plan.blend_(torch.rand(1, 3, 6, 6).expand(4, 3, 6, 6))
     with pytest.raises(ValueError, match=r"MixPlan.blend: out has strides .* repeats its memory"):
         plan.blend(torch.rand(4, 3, 6, 6), out=torch.rand(4, 1, 6, 6).expand(4, 3, 6, 6))
+
+
+@pytest.mark.parametrize("size", [(9, 7), (152, 150)], ids=str)
+@pytest.mark.parametrize("kind", ["lam", "mask", "box"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from inside torch
+def test_function_transforms_see_a_linear_map(size, kind):
+    """The tangent of a blend is the blend of the tangent, and a batch of batches is blended batch by batch."""
+    plan = make_plan(kind, 4, size)
+    x, v = (make_batch((4, 3, *size), torch.float64, seed) for seed in (0, 1))
+    value, tangent = torch.func.jvp(plan.blend, (x,), (v,))
+    assert torch.equal(value, plan.blend(x))
+    assert torch.allclose(tangent, plan.blend(v), atol=1e-6)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(plan.blend(forward_ad.make_dual(x, v)))
+    assert dual.tangent is not None
+    assert torch.allclose(dual.tangent, plan.blend(v), atol=1e-6)
+    both = torch.func.vmap(plan.blend)(torch.stack([x, v]))
+    assert torch.allclose(both, torch.stack([plan.blend(x), plan.blend(v)]), atol=1e-6)
+    (grad,) = torch.func.grad(lambda x: (plan.blend(x) * v).sum(), argnums=(0,))(x)
+    assert torch.allclose((grad * v).sum(), (plan.blend(v) * v).sum(), atol=1e-6)

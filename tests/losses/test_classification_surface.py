@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -108,14 +109,14 @@ def test_no_value_is_read_outside_the_cpu(function: Callable[..., Tensor], form:
     space = (4, 3) if form == "pixels" else ()
     logits = torch.empty(6, 5, *space, device="meta", requires_grad=True)
     k = 3 if form == "triple" else 2
-    target: MixedTarget | Tensor = MixedTarget(
+    target: Any = MixedTarget(
         torch.empty(6, k, *space, dtype=torch.long, device="meta"), torch.empty(6, k, device="meta")
     )
     if form == "ids":
         target = target.labels[:, 0]
     elif form == "dense":
         target = torch.empty(6, 5, device="meta")
-    options = {"weight": torch.empty(5, device="meta")}
+    options: dict[str, Any] = {"weight": torch.empty(5, device="meta")}
     if "label_smoothing" in inspect.signature(function).parameters:
         options["label_smoothing"] = 0.1
     for reduction in ("mean", "none"):
@@ -150,7 +151,7 @@ def test_compiles_without_a_graph_break(function: Callable[..., Tensor], form: s
     logits = torch.randn(6, 5, *space, generator=g)
     logits[0, 0] += 150.0  # a class so sure that everything else underflows
     labels = torch.randint(5, (6, k, *space), generator=g)
-    target: MixedTarget | Tensor = MixedTarget(labels, torch.rand(6, k, generator=g))
+    target: Any = MixedTarget(labels, torch.rand(6, k, generator=g))
     if form == "ids":
         target = labels[:, 0]
     elif form == "dense":
@@ -279,7 +280,7 @@ def test_bad_inputs(
         ({"weight": torch.ones(1, 5)}, ValueError, "weight has shape (1, 5)"),
     ],
 )
-def test_bad_settings(setting: dict[str, object], kind: type[Exception], text: str) -> None:
+def test_bad_settings(setting: dict[str, Any], kind: type[Exception], text: str) -> None:
     having = [pair for pair in PAIRS if set(setting) <= set(inspect.signature(pair[1]).parameters)]
     assert having
     for function, module in having:
@@ -349,3 +350,26 @@ def test_asymmetric_needs_to_know_the_labelled_class() -> None:
 def test_bce_has_no_ignored_class() -> None:
     _, message = error_of(lambda: losses.soft_bce_loss(LOGITS, torch.tensor([0, -100, 1, 2])))
     assert "target holds the class -100" in message
+
+
+# Function transforms
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from inside torch
+def test_function_transforms(function: Callable[..., Tensor]) -> None:
+    """Forward-mode tangents, gradients and batches of batches agree with the backward pass, which is hand-written."""
+    logits, target = batch()
+    logits, tangent = logits.double(), torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).double()
+    leaf = logits.clone().requires_grad_()
+    (want,) = torch.autograd.grad(function(leaf, target), leaf)
+
+    def loss(z: Tensor) -> Tensor:
+        return function(z, target)
+
+    value, change = torch.func.jvp(loss, (logits,), (tangent,))
+    assert torch.allclose(value, loss(logits))
+    assert torch.allclose(change, (want * tangent).sum())
+    assert torch.allclose(torch.func.grad(loss)(logits), want)
+    both = torch.func.vmap(loss)(torch.stack([logits, tangent]))
+    assert torch.allclose(both, torch.stack([loss(logits), loss(tangent)]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def draw(seed: int, *, spread: float = 3.0, max_labels: int = 4) -> tuple[torch.
     return logits, MixedTarget(labels, weights / weights.sum(1, keepdim=True)), g
 
 
-def slow_rows(logits: torch.Tensor, target: MixedTarget, **settings: object) -> np.ndarray:
+def slow_rows(logits: torch.Tensor, target: MixedTarget, **settings: Any) -> np.ndarray:
     rows = zip(logits.double().numpy(), target.labels.tolist(), target.weights.double().tolist(), strict=True)
     return np.array([slow.mixed_row(z, y, w, **settings) for z, y, w in rows])
 
@@ -68,8 +70,8 @@ def test_the_reference_vector_of_three_labels() -> None:
 def test_equals_the_slow_loop(seed: int) -> None:
     logits, target, g = draw(seed)
     eta = float(torch.rand(1, generator=g)) * 2
-    options = {"asymmetric": seed % 3 == 0, "smoothing": 0.0}
-    call = {"eta": eta, "asymmetric": options["asymmetric"], "reduction": "none"}
+    options: dict[str, Any] = {"asymmetric": seed % 3 == 0, "smoothing": 0.0}
+    call: dict[str, Any] = {"eta": eta, "asymmetric": options["asymmetric"], "reduction": "none"}
     if seed % 2:
         options["class_weight"] = call["weight"] = torch.rand(logits.shape[1], generator=g, dtype=torch.float64)
     if seed % 5 < 2:
@@ -121,7 +123,7 @@ def test_gradcheck(case: str, reduction: str) -> None:
     logits = torch.randn(5, 6, generator=g, dtype=torch.float64)
     labels = torch.tensor([[0, 1], [2, 2], [5, 3], [1, 0], [4, 5]])
     weights = torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0], [0.9995, 0.0005]], dtype=torch.float64)
-    options: dict[str, object] = {"eta": 0.7, "reduction": reduction}
+    options: dict[str, Any] = {"eta": 0.7, "reduction": reduction}
     if case == "same":
         labels = labels[:, :1].expand(-1, 2)
     elif case == "triple":
@@ -195,7 +197,8 @@ def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     rounded = torch.randn(8, 50, generator=g).mul_(4).to(dtype)
     target = MixedTarget(torch.randint(50, (8, 2), generator=g), torch.rand(8, 2, generator=g))
     low, high = rounded.clone().requires_grad_(), rounded.double().requires_grad_()
-    for options in ({}, {"label_smoothing": 0.1}):
+    choices: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1}]
+    for options in choices:
         got = decoupled_mixup_loss(low, target, **options)
         want = decoupled_mixup_loss(high, target, **options)
         assert got.dtype == torch.float32
@@ -376,7 +379,8 @@ def test_dense_gradient_is_that_of_the_pair() -> None:
     target = MixedTarget(torch.tensor([[0, 1], [3, 2], [4, 4], [5, 0], [1, 2]]), torch.rand(5, 2, dtype=torch.float64))
     target = MixedTarget(target.labels, target.weights / target.weights.sum(1, keepdim=True))
     weight = torch.rand(6, dtype=torch.float64)
-    for options in ({}, {"label_smoothing": 0.2, "weight": weight}):
+    choices: list[dict[str, Any]] = [{}, {"label_smoothing": 0.2, "weight": weight}]
+    for options in choices:
         pair = grad_of(decoupled_mixup_loss(z, target, **options), z)
         dense = grad_of(decoupled_mixup_loss(z, target.dense(6), **options), z)
         torch.testing.assert_close(pair, dense, rtol=1e-10, atol=1e-14)
@@ -401,10 +405,11 @@ def test_pixels_are_rows(space: tuple[int, ...]) -> None:
     labels = torch.randint(5, (2, 2, *space), generator=g)
     per_pixel = torch.rand(2, 2, *space, generator=g, dtype=torch.float64) + 0.1
     per_image = torch.rand(2, 2, generator=g, dtype=torch.float64) + 0.1
+    choices: list[dict[str, Any]] = [{}, {"asymmetric": True, "label_smoothing": 0.1, "weight": torch.rand(5).double()}]
     for weights in (per_pixel, per_image, per_image.view(2, 2, *[1] * len(space))):
         full = weights.view(*weights.shape, *[1] * (logits.ndim - weights.ndim)).expand_as(labels)
         flat = [x.movedim(1, -1).flatten(0, -2) for x in (logits, labels, full)]
-        for options in ({}, {"asymmetric": True, "label_smoothing": 0.1, "weight": torch.rand(5).double()}):
+        for options in choices:
             want = decoupled_mixup_loss(flat[0], MixedTarget(*flat[1:]), reduction="none", **options)
             got = decoupled_mixup_loss(logits, MixedTarget(labels, weights), reduction="none", **options)
             assert got.shape == (2, *space)

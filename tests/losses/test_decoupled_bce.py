@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -39,14 +41,16 @@ def test_the_reference_vectors(xi: float, t: float, value: float) -> None:
 def test_the_reference_shares() -> None:
     """With z = 0 and one label the slope in the target is visible: l = C log 2, dl/dz = 1/2 - r."""
     shares = [0.1, 0.3, 0.5, 0.7, 0.9]
-    for settings_, want in (
+    cases: list[tuple[dict[str, Any], list[float]]] = [
         ({"xi": 0.8, "t": 1.0}, [0.125, 0.375, 0.625, 0.875, 1.0]),
         ({"xi": 1.0, "t": 0.5}, [0.3162, 0.5477, 0.7071, 0.8367, 0.9487]),
         ({"xi": 1.0, "t": 0.0}, [1.0] * 5),
-    ):
+    ]
+    for settings_, want in cases:
         z = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
         target = MixedTarget(torch.ones(5, 1, dtype=torch.long), torch.tensor(shares, dtype=torch.float64)[:, None])
         decoupled_mixup_bce_loss(z, target, reduction="sum", **settings_).backward()
+        assert z.grad is not None
         assert (0.5 - z.grad[:, 1]).tolist() == pytest.approx(want, abs=1e-4)
 
 
@@ -131,7 +135,7 @@ def test_gradcheck(form: str, reduction: str) -> None:
     g = torch.Generator().manual_seed(4)
     z = torch.randn(4, 5, generator=g, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[0, 1], [2, 2], [4, 0], [3, 1]])
-    target: MixedTarget | torch.Tensor = MixedTarget(labels, torch.rand(4, 2, generator=g, dtype=torch.float64))
+    target: Any = MixedTarget(labels, torch.rand(4, 2, generator=g, dtype=torch.float64))
     weight = torch.rand(5, generator=g, dtype=torch.float64) if form == "weighted" else None
     if form == "dense":
         target = torch.rand(4, 5, generator=g, dtype=torch.float64)
@@ -159,6 +163,7 @@ def test_shares_may_be_learnt() -> None:
     weights = torch.tensor([[0.2, 0.1], [0.3, 0.6], [0.0, 0.4]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[0, 1], [3, 2], [1, 2]])
     decoupled_mixup_bce_loss(z, MixedTarget(labels, weights), t=0.5).backward()
+    assert weights.grad is not None
     assert torch.isfinite(weights.grad).all()
     assert weights.grad[1].abs().min() > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_equals_torch_on_the_dense_target(
     labels = torch.randint(6, (4, 2, *space), generator=g)
     lam = torch.rand(4, 1, *space, generator=g, dtype=torch.float64)
     target = MixedTarget(labels, torch.cat([lam, 1 - lam], 1))
-    options = {"reduction": reduction, "label_smoothing": smoothing}
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
     if weighted:
         options["weight"] = torch.rand(6, generator=g, dtype=torch.float64)
     want = F.cross_entropy(z, target.dense(6), **options)
@@ -88,6 +90,7 @@ def test_takes_what_a_policy_makes() -> None:
     policy, g = CutMix(), torch.Generator().manual_seed(0)
     plan = policy.plan(images, generator=g)
     logits = torch.randn(4, 5, 8, 6)
+    assert plan.mask is not None
     pasted = torch.where(plan.mask[:, 0] > 0, masks, masks[plan.partner])
     got = soft_cross_entropy_loss(logits, plan.target(masks))
     torch.testing.assert_close(got, F.cross_entropy(logits, pasted))

@@ -88,6 +88,28 @@ def test_blend_of_a_drawn_plan(name: str) -> None:
     assert counter.graphs <= 2
 
 
+@pytest.mark.parametrize("where", ["around", "inside"])
+@pytest.mark.parametrize("name", ["fmix", "saliencymix"])
+def test_autocast_changes_no_draw_in_a_compiled_step(name: str, where: str) -> None:
+    policy = POLICIES[name]("sample")
+    x, y = torch.rand(16, 1, 40, 40), torch.arange(16)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> object:
+        if where == "around":
+            return policy(x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return policy(x, y)
+
+    compiled = torch.compile(step, fullgraph=True, backend=Counter())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
+        mixed, target = compiled(x, y)
+    torch.manual_seed(0)
+    again, wanted = policy(x, y)
+    assert torch.equal(target.weights, wanted.weights)
+    assert torch.equal(mixed, again)
+
+
 def test_a_schedule_is_compiled_twice_at_most() -> None:
     policy = POLICIES["scheduled"]("sample")
     counter = Counter()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardmix.mixing import MixPlan
+from hardmix.mixing import CutMix, MixPlan, Mixup, Policy
 from mixing.cases import BLENDING, IMAGES_ONLY, POLICIES, blend_by_hand, constant_rows, rng
 
 SHAPES = [(3, 16, 16), (3, 17, 23), (1, 5, 40), (2, 31), (1, 6, 7, 9), (3, 1, 1)]
@@ -278,3 +278,25 @@ def test_plans_are_moved_once() -> None:
         assert plan.partner.device.type == plan.lam.device.type == "meta"
         assert plan.mask is None or plan.mask.device.type == "meta"
         assert plan.blend(torch.rand(4, 3, 8, 8, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_autocast_changes_no_draw(name: str) -> None:
+    """Half precision has too few digits for masks and places: a policy inside autocast draws what it draws outside."""
+    policy, x, y = POLICIES[name]("sample"), torch.rand(16, 1, 40, 40, generator=rng()), torch.arange(16)
+    mixed, target = policy(x, y, generator=rng(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, same = policy(x, y, generator=rng(1))
+        plan = policy.plan(x, y, generator=rng(1))
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(again, mixed)
+    assert torch.equal(same.weights, target.weights)
+    assert torch.equal(plan.lam, target.weights[:, 0])
+
+
+@pytest.mark.parametrize("policy", [Mixup, CutMix])
+def test_alpha_comes_first(policy: type[Policy]) -> None:
+    assert policy(0.3).alpha == 0.3
+    assert policy(0.3, per="pair", pairing="reversal").pairing == "reversal"
+    with pytest.raises(TypeError, match="positional"):
+        policy(0.3, "sample")

@@ -144,6 +144,39 @@ def test_activation_checkpointing_mixes_again() -> None:
     assert isinstance(torch._C._current_graph_task_id(), int)  # the private name that this leans on
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("between", ["input", "other policy", "disarm"])
+def test_activation_checkpointing_of_a_clean_step_stays_clean(reentrant: bool, between: str) -> None:
+    """A step that mixes elsewhere comes after one that mixed the layer: its forward must be run again unmixed."""
+    x = X.clone().requires_grad_()  # a checkpoint that reenters autograd needs an input with a gradient
+
+    def train(recompute: bool) -> Net:
+        model = net()
+        mix = ManifoldMixup(model, ["layer1"])
+
+        def step(batch: Tensor) -> None:
+            out = checkpoint(model, batch, use_reentrant=reentrant) if recompute else model(batch)
+            out.square().sum().backward()
+
+        generator, drawn = rng(), []
+        while "input" not in drawn[1:] or drawn[-2] != "layer1":
+            mixed, _ = mix(x, Y, generator=generator)
+            drawn.append("layer1" if mixed is x else "input")
+            step(mixed)
+        if between != "input":
+            while mix(x, Y, generator=generator)[0] is not x:
+                pass
+            if between == "disarm":
+                mix.disarm()
+            else:
+                step(x)
+            step(x)
+        return model
+
+    for got, want in zip(train(True).parameters(), train(False).parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, atol=1e-5)
+
+
 def test_the_model_is_not_kept() -> None:
     model = net()
     mix = ManifoldMixup(model, ["layer1"])

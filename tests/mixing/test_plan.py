@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardmix.mixing import CutMix, FMix, MixPlan, Mixup, ResizeMix
+from hardmix.mixing import CutMix, FMix, MixPlan, Mixup, RandomChoice, ResizeMix, Scheduled
 from mixing.cases import blend_by_hand, rng
 
 N = 5
@@ -178,6 +178,33 @@ def test_blend_refusals() -> None:
         changed.blend(torch.rand(2, 1, 8, 8))
 
 
+def test_lam_is_taken_from_the_mask_or_the_boxes() -> None:
+    mask = random_mask((4, 6))
+    assert torch.equal(MixPlan(PARTNER, mask=mask).lam, mask.mean((1, 2, 3)))
+    box = torch.tensor([[[0, 2], [1, 4]]]).expand(N, 2, 2)
+    plan = MixPlan(PARTNER, box=box, size=(4, 6))
+    assert torch.equal(plan.lam, torch.full((N,), 0.75))
+    assert torch.equal(MixPlan(PARTNER, LAM, mask).lam, LAM)  # one that was given is kept
+
+
+def test_a_plan_that_contradicts_itself_is_refused() -> None:
+    mask, box = random_mask((4, 6)), torch.zeros(N, 2, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"MixPlan: lam is missing and there is no mask or box .*; pass one of them\."):
+        MixPlan(PARTNER)
+    with pytest.raises(ValueError, match=r"MixPlan: box is given without size; pass the spatial size"):
+        MixPlan(PARTNER, LAM, box=box)
+    with pytest.raises(ValueError, match=r"lam has shape \(4,\) and partner \(5,\); pass \(N,\) and \(N,\)\."):
+        MixPlan(PARTNER, LAM[:4])
+    with pytest.raises(ValueError, match=r"lam has shape \(5, 1\) and partner \(5, 1\)"):
+        MixPlan(PARTNER[:, None], LAM[:, None])
+    for wrong in (mask[:4], mask[:, 0], mask.expand(-1, 3, -1, -1)):
+        with pytest.raises(ValueError, match=r"MixPlan: mask has shape .* for 5 rows; pass \(5, 1, \*spatial\)\."):
+            MixPlan(PARTNER, LAM, wrong)
+    for wrong in (box[:4], box[:, :1], box[..., :1]):
+        with pytest.raises(ValueError, match=r"MixPlan: box has shape .* of size \(4, 6\); pass \(5, 2, 2\)\."):
+            MixPlan(PARTNER, LAM, box=wrong, size=(4, 6))
+
+
 class TestTarget:
     plan = MixPlan(PARTNER, LAM)
 
@@ -207,15 +234,37 @@ class TestTarget:
         want = LAM * y + (1 - LAM) * y[PARTNER]
         assert torch.allclose(self.plan.target(y).mean(), want)
 
-    def test_series_masks_need_a_word(self) -> None:
+    @pytest.mark.parametrize("policy", [CutMix(), FMix(), ResizeMix()], ids=repr)
+    def test_masks_of_series_are_known_by_their_length(self, policy: torch.nn.Module) -> None:
         y = torch.randint(0, 3, (N, 9), generator=rng())
-        plan = CutMix().plan(torch.rand(N, 2, 9), generator=rng(1))
-        rows, masks = plan.target(y), plan.target(y, kind="mask")
+        plan = policy.plan(torch.rand(N, 2, 9), generator=rng(1))
+        rows, masks = plan.target(y, kind="rows"), plan.target(y)
         assert rows.weights.shape == (N, 2)
         assert masks.weights.shape == (N, 2, 9)
-        assert plan.mask is not None
         assert torch.equal(masks.weights[:, 0], plan.mask[:, 0])
-        assert torch.equal(plan.target(y, kind="rows").weights, rows.weights)
+        assert torch.equal(plan.target(y, kind="mask").weights, masks.weights)
+        for other in (y[:, :8], y.double()):  # another length, or no class ids: rows
+            assert plan.target(other).weights.shape == (N, 2)
+        assert plan.target(y.bool().float()).weights.shape == (N, 2)
+
+    def test_without_a_place_two_axes_are_rows(self) -> None:
+        y = torch.randint(0, 3, (N, 9), generator=rng())
+        assert self.plan.target(y).weights.shape == (N, 2)
+        assert torch.equal(self.plan.target(y, kind="mask").weights[:, 0], LAM[:, None])
+
+    @pytest.mark.parametrize(
+        "policy",
+        [Mixup(), Scheduled(Mixup()), RandomChoice([Mixup(), CutMix()]), RandomChoice([Mixup()], per="sample")],
+        ids=["mixup", "scheduled", "choice", "choice-sample"],
+    )
+    def test_policies_pass_the_kind_on(self, policy: torch.nn.Module) -> None:
+        x, y = torch.rand(N, 2, 9, generator=rng()), torch.randint(0, 3, (N, 9), generator=rng())
+        for _ in range(4):
+            assert policy(x, y, kind="mask")[1].labels.shape == (N, 2, 9)
+            assert policy(x, y, kind="mask")[1].weights.ndim == 3
+            assert policy(x, y, kind="rows")[1].weights.shape == (N, 2)
+        with pytest.raises(ValueError, match="kind is 'row'"):
+            policy(x, y, kind="row")
 
     def test_masks_without_a_place_take_lam_everywhere(self) -> None:
         y = torch.randint(0, 3, (N, 4, 6), generator=rng())

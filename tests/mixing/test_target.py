@@ -107,6 +107,30 @@ def test_mean_and_mixed_loss() -> None:
     assert rows.mean().shape == (3, 5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_reduced_criterion_is_refused(reduction: str) -> None:
+    logits, target = torch.randn(6, 4), MixedTarget(torch.zeros(6, 2, dtype=torch.long), torch.full((6, 2), 0.5))
+    message = r"MixedTarget\.mixed_loss: criterion returned shape \(\) for 6 samples; pass reduction='none'\."
+    with pytest.raises(ValueError, match=message):
+        target.mixed_loss(lambda y: F.cross_entropy(logits, y, reduction=reduction))
+    with pytest.raises(ValueError, match=r"returned shape \(4,\) for 6 samples"):
+        target.mixed_loss(lambda y: F.cross_entropy(logits, y, reduction="none")[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_dense_of_narrow_integers(dtype: torch.dtype) -> None:
+    target = MixedTarget(torch.tensor([[0, 3], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    assert torch.equal(MixedTarget(target.labels.to(dtype), target.weights).dense(4), target.dense(4))
+
+
+def test_moves_without_waiting() -> None:
+    target = MixedTarget(torch.tensor([[0, 3]]), torch.tensor([[0.25, 0.75]]))
+    for moved in (target.to("cpu", non_blocking=True), target.to("cpu", True)):
+        assert isinstance(moved, MixedTarget)
+        assert torch.equal(moved.labels, target.labels)
+    assert target.to("meta", non_blocking=True).weights.device.type == "meta"
+
+
 def test_is_a_plain_pytree() -> None:
     target = MixedTarget(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
     leaves, spec = torch.utils._pytree.tree_flatten(target)

@@ -139,7 +139,7 @@ class Mix(nn.Module):
                 f"{self._who}: the policy blends, but a mask of dtype {mask.dtype} holds class ids; use CutMix, or "
                 "plan.target(mask) of a hardmix.mixing policy, which keeps both classes of a pixel and their shares."
             )
-        mixed = torch.where(weights[:, 0] > 0, labels[:, 0], labels[:, 1])
+        mixed = torch.where(weights[:, 0] > 0, labels[:, 0], labels[:, 1]).to(mask.dtype)
         return _like(mixed[:, None] if channel else mixed, leaf)
 
 

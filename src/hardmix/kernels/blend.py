@@ -6,6 +6,7 @@ the first of these that fits. The numbers are those of the plain form.
 
     cyclic shift   two contiguous blocks are lerped straight into the output; nothing is gathered
     large rows     row by row; in place along the cycles of the pairing, which takes the memory of one saved row
+    narrow types   piece by piece, so that the float32 temporaries stay in the cache
     boxes          the batch is copied once, then only the pixels inside the boxes, as bits, through NumPy's slices
 """
 
@@ -18,15 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hardmix._math import is_transformed
+
 _FULL = (torch.float32, torch.float64)
 #: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Rows from this size on are worth a call each: streaming that much memory takes as long as the call itself.
 _LARGE_ROW_BYTES = 64 * 1024
+#: Values that a narrower batch is turned into float32 at a time.
+_PIECE = 128 * 1024
 
 
 def box_mask(box: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(N, 1, *size) float32: 0 inside the half-open boxes (N, S, 2), 1 outside."""
+    """(N, 1, *size) float32: 0 inside the half-open boxes (N, S, 2), 1 outside; exact up to 2^23 pixels an axis."""
     start, stop = box.to(torch.float32).unbind(2)  # (N, S)
     at = torch.arange(1.0, 2 * max(size), 2.0, device=box.device)
     # Twice the distance of a pixel from the middle of the box, less the box's side, is odd; the last one inside has -1.
@@ -46,12 +51,13 @@ def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None
     """
     if _is_traced(own, other, weight):
         return _written(_blend(own, other, weight), out)
-    if own.dtype in _FULL or not _has_large_rows(own):
+    if own.dtype in _FULL or not own.is_cpu:
         return _blend(own, other, weight, out)
-    # Row by row, so that the float32 temporaries stay in the cache.
+    # In pieces: temporaries of a whole batch leave the cache, and their pages are taken from the system each time.
     out = torch.empty_like(own) if out is None else out
-    for row in zip(own.unbind(0), other.unbind(0), weight.unbind(0), out.unbind(0), strict=True):
-        _blend(*row)
+    rows = max(1, _PIECE * own.shape[0] // own.numel())
+    for piece in zip(*(t.split(rows) for t in (own, other, weight, out)), strict=True):
+        _blend(*piece)
     return out
 
 
@@ -75,7 +81,7 @@ def blend_partner(
     partners = partner.tolist() if _has_large_rows(x) else []
     cycles = _cycles(partners) if in_place else []
     if not partners or cycles is None:
-        return _blend(x, _gather(x, partner), weight, out)
+        return blend_rows(x, _gather(x, partner), weight, out=out)
     out = torch.empty_like(x) if out is None else out
     rows, weights, outs = x.unbind(0), weight.unbind(0), out.unbind(0)
     if not in_place:
@@ -150,8 +156,8 @@ def _gather(x: Tensor, partner: Tensor) -> Tensor:
 
 
 def _is_traced(*tensors: Tensor) -> bool:
-    """Something watches the operations: the compiler, autograd, or a tensor subclass."""
-    if torch.compiler.is_compiling():
+    """Something watches the operations: the compiler, autograd, a function transform, or a tensor subclass."""
+    if torch.compiler.is_compiling() or is_transformed():
         return True
     grad = torch.is_grad_enabled()
     return any(type(t) is not Tensor or (grad and t.requires_grad) for t in tensors)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import wide
+from hardmix._math import is_transformed, softplus, wide
 
 
 def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -26,14 +25,9 @@ def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weig
     if weight is not None:
         weight = weight.to(target.dtype).view(1, -1, *[1] * (logits.ndim - 2))
     learnt = target.requires_grad or (weight is not None and weight.requires_grad)
-    if torch.compiler.is_compiling() or (learnt and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()):
         return _formula(logits, target, labels, weight)
     return _MixedBCE.apply(logits, target, labels, weight)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    # The default threshold of 20 drops 2e-9, which float64 can tell; 40 drops nothing.
-    return F.softplus(x, threshold=40)
 
 
 def _formula(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -41,7 +35,7 @@ def _formula(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tens
     z = logits.to(wide(logits.dtype))
     if labels is not None:
         target = torch.zeros_like(z).scatter(1, labels, target)
-    terms = _softplus(z) - target * z
+    terms = softplus(z) - target * z
     return (terms if weight is None else terms * weight).sum(1)
 
 
@@ -50,13 +44,13 @@ class _MixedBCE(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
         z = logits.to(wide(logits.dtype))
         ctx.save_for_backward(logits, target, labels, weight)
-        terms = _softplus(z)
+        terms = softplus(z)
         if labels is None:
             terms.addcmul_(target, z, value=-1.0)
         else:
             # Not softplus(z) - t z, which loses its digits where a wanted class is predicted with confidence.
             own = z.gather(1, labels)
-            terms.scatter_(1, labels, target * _softplus(-own) + (1.0 - target) * _softplus(own))
+            terms.scatter_(1, labels, target * softplus(-own) + (1.0 - target) * softplus(own))
         return (terms if weight is None else terms.mul_(weight)).sum(1)
 
     @staticmethod

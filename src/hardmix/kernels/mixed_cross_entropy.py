@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import wide
+from hardmix._math import is_transformed, softplus, wide
 
 
 def mixed_cross_entropy(
@@ -39,7 +38,7 @@ def mixed_cross_entropy(
     # K first from here on: sums over K are then over whole rows of memory.
     labels, share = labels.movedim(1, 0).contiguous(), share.movedim(1, 0).contiguous()
     learnt = share.requires_grad or (soft is not None and soft.requires_grad)
-    if torch.compiler.is_compiling() or (learnt and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()):
         # The compiler fuses the formula by itself; a target with a gradient is rare, so autograd does it.
         return _formula(logits, labels, share, soft, eta, asymmetric)
     return _MixedCrossEntropy.apply(logits, labels, share, soft, eta, asymmetric)
@@ -49,47 +48,61 @@ class _Row(NamedTuple):
     """What the loss and its gradient need of a row."""
 
     odds: Tensor  # (K, N, *spatial) log((1 - p) / p) of the labels
-    outside: Tensor  # (N, *spatial) probability of the classes outside S
     margin: Tensor | None  # (K, N, *spatial) r - z of the regularised labels, -inf for the others; None: nothing is
+    outside: Tensor  # (N, *spatial) probability of the classes outside S
+    differs: Tensor  # (K, K, N, *spatial) two labels are two classes
     first: Tensor | None  # (K, N, *spatial) the label has not occurred before in its row; None: a pair needs no look
 
 
-def _row(rest: Tensor, own: Tensor, labels: Tensor, pulls: bool, asymmetric: bool) -> _Row:
-    """From r (N, *spatial) and the labels' logits (K, N, *spatial), both less one and the same number per row."""
+def _compare(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`differs` and `first` of the labels (K, N, *spatial)."""
     differs = labels[:, None] != labels
-    num_labels = labels.shape[0]
-    inside, first = own, None
-    if num_labels > 2:
-        first = torch.stack([differs[k, :k].all(0) for k in range(num_labels)])
-        inside = torch.where(first, own, torch.finfo(own.dtype).min)
-    every = torch.cat([rest[None], inside])
+    if labels.shape[0] <= 2:
+        return differs, None
+    return differs, torch.stack([row[:k].all(0) for k, row in enumerate(differs)])
+
+
+def _others(rest: Tensor, own: Tensor, differs: Tensor) -> Tensor:
+    """Mass of every class but the label's, (K, N, *spatial)."""
+    # Summing what is not the own class, rather than subtracting it from the whole, keeps every digit when p is near 1.
+    return (differs * own).sum(1) + rest
+
+
+def _mask(margin: Tensor, differs: Tensor, asymmetric: bool) -> Tensor:
+    """-inf where the label is not regularised; a product with 0 would make NaN of an infinite term."""
+    alone = ~differs[0].any(0)
+    return margin.masked_fill(alone | differs[0] if asymmetric else alone, -torch.inf)
+
+
+def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
+    """From r (N, *spatial) and the labels' logits (K, N, *spatial), both less one and the same number per row."""
+    differs, first = _compare(labels)
+    every = torch.cat([rest[None], own if first is None else own.masked_fill(~first, torch.finfo(own.dtype).min)])
     top = every.detach().amax(0)
     mass = (every - top).exp()
-    # Summing what is not the own class, rather than subtracting from the whole, keeps every digit when p is close to 1.
     # The smallest number stands for an underflow to 0, whose logarithm has no gradient.
-    others = (mass[0] + (differs * mass[1:]).sum(1)).clamp(min=torch.finfo(mass.dtype).tiny)
+    others = _others(mass[0], mass[1:], differs).clamp(min=torch.finfo(mass.dtype).tiny)
     odds = others.log() + top - own
-    margin = None
-    if pulls and num_labels > 1:
-        alone = ~differs[0].any(0)
-        # Filled, not multiplied: an infinite term that does not count must not become NaN.
-        margin = (rest - own).masked_fill(alone | differs[0] if asymmetric else alone, -torch.inf)
-    return _Row(odds, mass[0] / (others[0] + mass[1]), margin, first)
+    margin = _mask(rest - own, differs, asymmetric) if eta and len(labels) > 1 else None
+    return _Row(odds, margin, mass[0] / (others[0] + mass[1]), differs, first)
+
+
+def _row_of_probs(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
+    """The same from probabilities, where none of them underflows."""
+    differs, first = _compare(labels)
+    odds = (_others(rest, own if first is None else own * first, differs) / own).log()
+    margin = _mask((rest / own).log(), differs, asymmetric) if eta and len(labels) > 1 else None
+    return _Row(odds, margin, rest, differs, first)
 
 
 def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> Tensor:
-    loss = (share * _softplus(row.odds)).sum(0)
+    loss = (share * softplus(row.odds)).sum(0)
     if row.margin is not None:
-        pull = _softplus(row.margin)
-        loss = loss + eta * (pull if row.first is None else pull * row.first).sum(0)
+        pull = softplus(row.margin)
+        loss = loss.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
     if soft is not None:
         loss = loss - (logits.log_softmax(1, dtype=loss.dtype) * soft).sum(1)
     return loss
-
-
-def _softplus(x: Tensor) -> Tensor:
-    # The default threshold of 20 drops 2e-9, which float64 can tell; 40 drops nothing.
-    return F.softplus(x, threshold=40)
 
 
 def _formula(
@@ -100,29 +113,24 @@ def _formula(
     z = z - z.detach().amax(1, keepdim=True)
     index = labels.movedim(0, 1)
     rest = z.scatter(1, index, torch.finfo(z.dtype).min).logsumexp(1)
-    row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta != 0.0, asymmetric)
+    row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta, asymmetric)
     return _loss(row, z, share, soft, eta)
 
 
-def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The row in four parts, each in a unit of its own per row.
-
-    exp(z) outside S and 0 inside, (N, C, *spatial), and its sum (N, *spatial); r (N, *spatial) and the labels' logits
-    (K, N, *spatial), both less one and the same number.
-    """
+def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
+    """exp(z) outside S and 0 inside, (N, C, *spatial), in a unit of its own per row; its sum (N, *spatial); the row."""
     dtype, index = wide(logits.dtype), labels.movedim(0, 1)
     if logits.device.type == "cpu":
         # One softmax over everything does, unless something that is needed underflows; a CPU can look.
         probs = logits.softmax(1, dtype=dtype)
-        own = probs.gather(1, index)
-        amount = probs.scatter_(1, index, 0.0).sum(1)
-        if float(own.min()) > 1e-30 and float(amount.min()) > 1e-30:
-            return probs, amount, amount.log(), own.movedim(1, 0).contiguous().log_()
+        own = probs.gather(1, index).movedim(1, 0).contiguous()
+        rest = probs.scatter_(1, index, 0.0).sum(1)
+        if float(own.min()) > 1e-30 and float(rest.min()) > 1e-30:
+            return probs, rest, _row_of_probs(rest, own, labels, eta, asymmetric)
         del probs
     outside = logits.to(dtype, copy=True)
     # The lowest number stands for "not there": unlike -inf it leaves no NaN where nothing else is there.
-    lowest = torch.finfo(dtype).min
-    outside.scatter_(1, index, lowest)
+    outside.scatter_(1, index, torch.finfo(dtype).min)
     top = outside.amax(1)
     probs = outside.softmax(1)
     own = logits.gather(1, index).to(dtype).movedim(1, 0).contiguous()
@@ -131,7 +139,7 @@ def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     rest = (top - highest) - probs.amax(1).log()
     # From one end of a dtype to the other is infinitely far; capped, no sum over a batch overflows. -inf stays itself.
     own = torch.where(own == -torch.inf, own, (own - highest).clamp(min=-1e30))
-    return probs, torch.ones_like(rest), rest, own
+    return probs, torch.ones_like(rest), _row(rest, own, labels, eta, asymmetric)
 
 
 class _MixedCrossEntropy(torch.autograd.Function):
@@ -145,8 +153,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         eta: float,
         asymmetric: bool,
     ) -> Tensor:
-        probs, amount, rest, own = _split(logits, labels)
-        row = _row(rest, own, labels, eta != 0.0, asymmetric)
+        probs, amount, row = _split(logits, labels, eta, asymmetric)
         ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row)
         ctx.eta, ctx.asymmetric = eta, asymmetric
         return _loss(row, logits, share, soft, eta)
@@ -158,7 +165,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
             loss = _formula(logits, labels, share, soft, ctx.eta, ctx.asymmetric)
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
             return grad, None, None, None, None, None
-        at_labels, outside = _gradient(_Row(*parts), labels, share, soft, ctx.eta)
+        at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
         if soft is not None or logits.dtype == probs.dtype:
@@ -172,22 +179,21 @@ class _MixedCrossEntropy(torch.autograd.Function):
         return grad.to(logits.dtype), None, None, None, None, None
 
 
-def _gradient(row: _Row, labels: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> tuple[Tensor, Tensor]:
+def _gradient(row: _Row, share: Tensor, soft: Tensor | None, eta: float) -> tuple[Tensor, Tensor]:
     """d loss / d z of the labels (K, N, *spatial), and the factor (N, *spatial) of the softmax outside S.
 
     Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
     target itself is left to the caller.
     """
-    elsewhere = ((labels[:, None] != labels) * share).sum(1)  # mass of the other labels
     total = share.sum(0)
-    here = total - elsewhere
+    elsewhere = (row.differs * share).sum(1)  # mass of the other classes
     if soft is not None:
         further = soft.sum(1)
         total, elsewhere = total + further, elsewhere + further
-    at_labels = elsewhere * (-row.odds).sigmoid() - here * row.odds.sigmoid()
+    at_labels = elsewhere - total * row.odds.sigmoid()  # total p - mass of the class, with every digit of 1 - p
     outside = total * row.outside
     if row.margin is not None:
-        pull = eta * row.margin.sigmoid()
-        at_labels = at_labels - pull
-        outside = outside + (pull if row.first is None else pull * row.first).sum(0)
+        pull = row.margin.sigmoid()
+        at_labels = at_labels.sub(pull, alpha=eta)
+        outside = outside.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
     return at_labels, outside

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import wide
+from hardmix._math import is_transformed, wide
 from hardmix.kernels import blend
 
 #: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
@@ -66,7 +66,9 @@ def affine(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _row_by_row(x: Tensor, box: Tensor) -> bool:
-    eager = not torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    eager = x.device.type == "cpu" and not x.requires_grad
     return eager and not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
 
 

@@ -184,10 +184,9 @@ def class_objective(
 
 def _ids(who: str, logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int) -> ClassTarget:
     """Class ids with the ignored ones taken out."""
-    _check.classes_in_range(who, "target", labels, logits.shape[1], ignore_index)
-    readable = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if logits.ndim == 2 and readable and not bool((labels == ignore_index).any()):
-        return ClassTarget(labels, weights)  # mostly there is nothing more to do
+    all_classes = _check.classes_in_range(who, "target", labels, logits.shape[1], ignore_index)
+    if logits.ndim == 2 and all_classes and not 0 <= ignore_index < logits.shape[1]:
+        return ClassTarget(labels, weights)  # nothing is ignored, and nothing more to do
     kept = labels != ignore_index
     weights = weights * kept
     present = weights != 0

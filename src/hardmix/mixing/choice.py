@@ -82,10 +82,12 @@ class RandomChoice(Policy):
             return super().plan(x, y, generator=generator, partner=partner)
         return self._one(generator).plan(x, y, generator=generator, partner=partner)
 
-    def forward(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> tuple[Tensor, MixedTarget]:
+    def forward(
+        self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
+    ) -> tuple[Tensor, MixedTarget]:
         if self.per == "sample" or torch.compiler.is_compiling():
-            return super().forward(x, y, generator=generator)
-        return self._one(generator)(x, y, generator=generator)
+            return super().forward(x, y, generator=generator, kind=kind)
+        return self._one(generator)(x, y, generator=generator, kind=kind)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         rows = x.shape[0]
@@ -146,10 +148,12 @@ class Scheduled(Policy):
             return self.policy.plan(x, y, generator=generator, partner=partner)
         return super().plan(x, y, generator=generator, partner=partner)
 
-    def forward(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> tuple[Tensor, MixedTarget]:
+    def forward(
+        self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
+    ) -> tuple[Tensor, MixedTarget]:
         if self.active:
-            return self.policy.forward(x, y, generator=generator)
-        return super().forward(x, y, generator=generator)
+            return self.policy.forward(x, y, generator=generator, kind=kind)
+        return super().forward(x, y, generator=generator, kind=kind)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         if self.active:

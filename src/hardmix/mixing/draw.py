@@ -46,10 +46,10 @@ def draw_partner(n: int, pairing: str, generator: Generator | None) -> Pairing:
         if n == 1:
             return Pairing(torch.zeros(1, dtype=torch.long), 0)
         # Not randint, which would be compiled anew for each batch size; in float64 the product stays below n - 1.
-        k = (_of(generator, torch.rand, 1, dtype=torch.float64) * (n - 1)).long() + 1
+        unit = _of(generator, torch.rand, 1, dtype=torch.float64)
         if torch.compiler.is_compiling():  # may not read k on the host; a gather is fused with the blend there
-            return Pairing((torch.arange(n) + k) % n, None)
-        shift = int(k)
+            return Pairing((torch.arange(n) + (unit * (n - 1)).long() + 1) % n, None)
+        shift = int(unit.item() * (n - 1)) + 1
         return Pairing(torch.arange(shift, shift + n).remainder_(n), shift)
     if pairing == "permutation":
         return Pairing(_of(generator, torch.randperm, n), None)

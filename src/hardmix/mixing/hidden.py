@@ -38,7 +38,7 @@ class ManifoldMixup(Policy):
 
     Copies: a copied or unpickled policy has no hooks; call `attach(model)`. A copied or unpickled model (an average of
     the weights, say) carries hooks that do nothing. Activation checkpointing: the layer is mixed again, with the same
-    plan, when its forward is run again during the backward pass.
+    plan, when its forward is run again during the backward pass; run the model once between a draw and its backward.
     Shapes: any batch (N, ...) of 2 to 5 axes. `plan` alone draws a plan and arms nothing.
     Reference: Verma et al. 2019, section 2 (arXiv:1806.05236).
     """
@@ -96,13 +96,15 @@ class ManifoldMixup(Policy):
 
     def disarm(self) -> None:
         """Take back a draw that no forward has used, for a step that is skipped on purpose."""
-        self._state.plan = self._state.layer = None
+        self._state.plan = self._state.layer = self._state.used = None
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         lam = self._lam(pairing, generator)
         return MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
 
-    def forward(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> tuple[Tensor, MixedTarget]:
+    def forward(
+        self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
+    ) -> tuple[Tensor, MixedTarget]:
         """(x, target): `x` mixed, or as it is and a layer armed to mix."""
         state = self._state
         if not state.attached:
@@ -113,12 +115,13 @@ class ManifoldMixup(Policy):
                 "in training mode after each draw, through that layer, or call disarm()."
             )
         cpu_generator("ManifoldMixup", generator)
+        state.used = None
         first = 0 if self.include_input else 1
         layer = int(torch.randint(first, len(self.layers) + 1, (1,), generator=generator)) - 1
         if layer < 0:
-            return super().forward(x, y, generator=generator)
-        plan, target = self._plan_and_target(x, y, generator)
-        state.plan, state.layer, state.used = plan, layer, None
+            return super().forward(x, y, generator=generator, kind=kind)
+        plan, target = self._plan_and_target(x, y, generator, kind)
+        state.plan, state.layer = plan, layer
         return x, target
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,9 +154,12 @@ class _LayerHook:
         if state.plan is not None and state.layer == self.index:
             plan, state.plan = state.plan, None
             state.used = (self.index, plan)
-        elif state.used is not None and state.used[0] == self.index and torch._C._current_graph_task_id() != -1:
+        elif state.used is None or state.used[0] != self.index:
+            return None
+        elif torch._C._current_graph_task_id() != -1:
             plan = state.used[1]  # inside the backward pass: activation checkpointing runs the forward again
         else:
+            state.used = None  # a clean forward, which activation checkpointing must run again clean
             return None
         if isinstance(output, Tensor):
             return plan.blend(output)

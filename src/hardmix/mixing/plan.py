@@ -26,8 +26,8 @@ class MixPlan:
 
     Attributes:
         partner: (N,) long, the row that each row is mixed with.
-        lam: (N,) float32, the share of the **own** sample. With a mask it is the mask's mean, so labels and pixels
-            agree.
+        lam: (N,) float32, the share of the **own** sample. With a mask or boxes it is the mask's mean, so labels and
+            pixels agree, unless another one was given: labels and features then follow `lam`, pixels the mask.
         mask: (N, 1, *spatial) float32 share of the own pixel, or None. A plan made of boxes holds the boxes and forms
             the mask when it is asked for.
         box: (N, S, 2) long half-open [start, stop) along each of the S spatial axes: the pixels that show the partner.
@@ -43,7 +43,7 @@ class MixPlan:
     def __init__(
         self,
         partner: Tensor,
-        lam: Tensor,
+        lam: Tensor | None = None,
         mask: Tensor | None = None,
         *,
         box: Tensor | None = None,
@@ -56,7 +56,30 @@ class MixPlan:
     ) -> None:
         """`size` is the spatial size that `box` and `fit` refer to, `source` the batch that the plan was drawn for.
         `shift` says that partner[i] = (i + shift) mod N, which lets a CPU blend two contiguous blocks instead of
-        gathering rows; it must agree with `partner`."""
+        gathering rows; it must agree with `partner`. Without `lam` it is the mean of the mask.
+
+        Raises:
+            ValueError: rows of `lam`, `mask` or `box` that are not those of `partner`, `box` without `size`, or neither
+                a share nor a place. Values are not looked at.
+        """
+        if box is not None and size is None:
+            raise ValueError("MixPlan: box is given without size; pass the spatial size that the boxes refer to.")
+        if lam is None:
+            lam = _mean_share(mask, box, size)
+        rows = partner.shape[0] if partner.ndim == 1 else None
+        if lam.shape != partner.shape or rows is None:
+            raise ValueError(
+                f"MixPlan: lam has shape {tuple(lam.shape)} and partner {tuple(partner.shape)}; pass (N,) and (N,)."
+            )
+        if mask is not None and (mask.ndim < 3 or mask.shape[0] != rows or mask.shape[1] != 1):
+            raise ValueError(
+                f"MixPlan: mask has shape {tuple(mask.shape)} for {rows} rows; pass ({rows}, 1, *spatial)."
+            )
+        if box is not None and size is not None and box.shape != (rows, len(size), 2):
+            raise ValueError(
+                f"MixPlan: box has shape {tuple(box.shape)} for {rows} rows of size {tuple(size)}; "
+                f"pass ({rows}, {len(size)}, 2)."
+            )
         self.partner = partner
         self.lam = lam
         self._mask = mask
@@ -123,7 +146,8 @@ class MixPlan:
 
         Floating-point inputs keep their dtype (half types are blended in float32 and rounded once), uint8 is rounded to
         the nearest integer, and the memory format is kept. Where `x` has another spatial size than the mask (a hidden
-        map), the mask is averaged onto it. Where `x` has no spatial axes (features), rows are blended by `lam`.
+        map), the mask is averaged onto it. Where `x` has no spatial axes (features), rows are blended by `lam`. Boxes
+        copy their pixels; any other mask is a weight, and a NaN or an infinity shows through a weight of 0 as NaN.
 
         Args:
             x: (N, ...) batch.
@@ -178,7 +202,8 @@ class MixPlan:
             y: (N,) class ids or floats; (N, C) one-hot, multi-hot, soft or multi-output rows; (N, *spatial) integer
                 masks.
             kind: "auto", or "rows" / "mask" where an (N, L) tensor could be read both ways (integer labels of series).
-                "auto" reads integer tensors with three or more axes as masks, and 2-D ones as rows.
+                "auto" reads integer tensors with three or more axes as masks. A 2-D one is a mask where the plan has a
+                mask of that length L, else rows: pass "mask" to a policy whose plans may have none.
 
         Returns:
             MixedTarget with K = 2: own label first with weight `lam`, the partner's second. A dense mask is mixed with
@@ -191,7 +216,9 @@ class MixPlan:
         _check.choice(who, "kind", kind, ("auto", "rows", "mask"))
         if not y.is_floating_point():
             y = y.long()  # narrower integers can't index
-        is_mask = kind == "mask" or (kind == "auto" and y.ndim >= 3 and not y.is_floating_point())
+        is_mask = kind == "mask"
+        if kind == "auto" and not y.is_floating_point():
+            is_mask = y.ndim >= 3 or (y.ndim == 2 and tuple(y.shape[1:]) == self._mask_size())
         if y.ndim > 2 and not is_mask:
             raise ValueError(
                 f"{who}: y has shape {tuple(y.shape)} and dtype {y.dtype}; "
@@ -233,10 +260,15 @@ class MixPlan:
             return box
         return torch.stack([box[:, axis] * (x.shape[2 + axis] / side) for axis, side in enumerate(self.size)], 1)
 
+    def _mask_size(self) -> tuple[int, ...] | None:
+        if self.box is not None:
+            return self.size
+        return None if self._mask is None else tuple(self._mask.shape[2:])
+
     def _where(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight to blend `x` with, broadcastable to it, and the boxes where they can be pasted as they are."""
         flat = self.lam.view(-1, *[1] * (x.ndim - 1))
-        size = self.size if self.box is not None else None if self._mask is None else tuple(self._mask.shape[2:])
+        size = self._mask_size()
         if size is None or x.ndim <= 2:
             return flat, None
         if x.ndim - 2 != len(size):
@@ -279,6 +311,14 @@ def _check_memory(who: str, name: str, value: Tensor) -> None:
         raise ValueError(
             f"{who}: {name} has strides {value.stride()} and repeats its memory; pass {name}.contiguous()."
         )
+
+
+def _mean_share(mask: Tensor | None, box: Tensor | None, size: tuple[int, ...] | None) -> Tensor:
+    if mask is not None:
+        return mask.mean(tuple(range(1, mask.ndim)))
+    if box is None or size is None:
+        raise ValueError("MixPlan: lam is missing and there is no mask or box to take it from; pass one of them.")
+    return full_box_share(box, size)
 
 
 def full_box_share(box: Tensor, size: tuple[int, ...]) -> Tensor:

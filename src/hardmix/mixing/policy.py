@@ -57,7 +57,7 @@ class Policy(nn.Module):
         cpu_generator(who, generator)
         n = x.shape[0]
         if partner is None:
-            return self.draw(x, y, draw_partner(n, self.pairing, generator), generator)
+            return self._draw(x, y, draw_partner(n, self.pairing, generator), generator)
         pairing = given_partner(who, partner, n)
         if self.per == "pair" and not torch.compiler.is_compiling():
             back = pairing.partner[pairing.partner]
@@ -66,28 +66,41 @@ class Policy(nn.Module):
                     f'{who}: partner has no pairs but per is "pair"; pass rows with partner[partner[i]] == i, '
                     'or use per="sample".'
                 )
-        return self.draw(x, y, pairing, generator)
+        return self._draw(x, y, pairing, generator)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         """The policy itself: from a checked batch and its partners to a plan on the batch's device."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> tuple[Tensor, MixedTarget]:
-        """(x_mixed, target) for the batch `x` (N, ...) and its labels `y` (see `MixPlan.target` for their kinds)."""
-        plan, target = self._plan_and_target(x, y, generator)
+    def _draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
+        """`draw` without autocast, whose half types neither a mask nor a place in the image can be computed in."""
+        for kind in ("cpu",) if x.is_cpu else ("cpu", x.device.type):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return self._draw(x, y, pairing, generator)
+        return self.draw(x, y, pairing, generator)
+
+    def forward(
+        self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
+    ) -> tuple[Tensor, MixedTarget]:
+        """(x_mixed, target) for the batch `x` (N, ...) and its labels `y`; `MixPlan.target` tells which `kind` they may
+        be of."""
+        plan, target = self._plan_and_target(x, y, generator, kind)
         return plan.blend(x), target
 
     def set_progress(self, fraction: float) -> None:
         """Tell the policy how much of the training is done, from 0 to 1. Only a schedule listens (see `Scheduled`)."""
 
-    def _plan_and_target(self, x: Tensor, y: Tensor, generator: Generator | None) -> tuple[MixPlan, MixedTarget]:
+    def _plan_and_target(
+        self, x: Tensor, y: Tensor, generator: Generator | None, kind: str
+    ) -> tuple[MixPlan, MixedTarget]:
         who = type(self).__name__
         x = _check.batch(who, "x", x, self.min_ndim, self.max_ndim)
         y = _check.tensor(who, "y", y)
         _check.same_length(who, "y", y, "x", x.shape[0])
         _check.same_device(who, "y", y, "x", x.device)
         plan = self.plan(x, y, generator=generator)
-        return plan, plan.target(y)
+        return plan, plan.target(y, kind=kind)
 
     def _lam(self, pairing: Pairing, generator: Generator | None) -> Tensor:
         return draw_lam(self.alpha, pairing, self.per, generator)

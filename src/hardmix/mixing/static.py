@@ -25,6 +25,9 @@ class Mixup(Policy):
 
     min_ndim = 2
 
+    def __init__(self, alpha: float = 1.0, *, per: str = "sample", pairing: str | None = None) -> None:
+        super().__init__(alpha=alpha, per=per, pairing=pairing)
+
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         lam = self._lam(pairing, generator)
         return MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
@@ -40,6 +43,9 @@ class CutMix(Policy):
     Shapes: (N, C, L), (N, C, H, W) or (N, C, D, H, W), square or not. The box may be empty (lam = 1) or cover
     everything (lam = 0). Reference: Yun et al. 2019, eq. 1-2 (arXiv:1905.04899).
     """
+
+    def __init__(self, alpha: float = 1.0, *, per: str = "sample", pairing: str | None = None) -> None:
+        super().__init__(alpha=alpha, per=per, pairing=pairing)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         size = tuple(x.shape[2:])

@@ -25,9 +25,10 @@ class MixedTarget(NamedTuple):
     labels: Tensor
     weights: Tensor
 
-    def to(self, device: torch.device | str) -> MixedTarget:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
         """The same target on another device."""
-        return MixedTarget(self.labels.to(device), self.weights.to(device))
+        labels, weights = (value.to(device, non_blocking=non_blocking) for value in self)
+        return MixedTarget(labels, weights)
 
     def dense(self, num_classes: int | None = None, smoothing: float = 0.0) -> Tensor:
         """The (N, C) soft labels that timm, torchvision and Keras use; (N, C, *spatial) for dense masks.
@@ -58,7 +59,7 @@ class MixedTarget(NamedTuple):
             shape = (self.labels.shape[0], num_classes, *self.labels.shape[2:])
             weights = self.weights.expand(self.labels.shape)
             mixed = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
-            mixed = mixed.scatter_add(1, self.labels, weights)
+            mixed = mixed.scatter_add(1, self.labels.long(), weights)
         return mixed if smoothing == 0.0 else mixed * (1.0 - smoothing) + smoothing / mixed.shape[1]
 
     def mean(self) -> Tensor:
@@ -75,8 +76,19 @@ class MixedTarget(NamedTuple):
 
         Returns:
             (N,) losses, or (N, *spatial) for dense masks.
+
+        Raises:
+            ValueError: a criterion that reduces over the batch, whose weighted sum would be another quantity.
         """
-        losses = [criterion(self.labels[:, k]) * self.weights[:, k] for k in range(self.labels.shape[1])]
+        rows, losses = self.labels.shape[0], []
+        for labels, weights in zip(self.labels.unbind(1), self.weights.unbind(1), strict=True):
+            loss = criterion(labels)
+            if loss.ndim < 1 or loss.shape[0] != rows:
+                raise ValueError(
+                    f"MixedTarget.mixed_loss: criterion returned shape {tuple(loss.shape)} for {rows} samples; "
+                    "pass reduction='none'."
+                )
+            losses.append(loss * weights)
         return torch.stack(losses).sum(0)
 
     @classmethod
