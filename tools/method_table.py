@@ -190,9 +190,9 @@ def mixing_cost(name: str) -> str:
     for t in found:
         timed = [t["rows"].get(f"{policy}, {way}") for way in present]
         ratios = [f"{row['cpu_ratio']:.1f}" if row else "" for row in timed]
-        rows.append((f"{t['shape'].replace('x', ' x ')} {t['dtype']}", t["regime"], *ratios))
+        rows.append((f"{t['shape'].replace('x', ' x ')} {t['dtype']}", t["allocator"], t["caches"], *ratios))
     head = f"Measured by {command}: CPU time with one thread, plan included, in copies of the batch."
-    return f"{head}\n\n{table(('batch', 'allocator', *(ways[way] for way in present)), rows)}"
+    return f"{head}\n\n{table(('batch', 'allocator', 'caches', *(ways[way] for way in present)), rows)}"
 
 
 def loss_cost(name: str) -> str:

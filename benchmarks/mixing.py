@@ -1,0 +1,162 @@
+"""What mixing a batch costs, as a multiple of one `copy_` of that batch into an existing buffer.
+
+    python benchmarks/mixing.py                  # prints the tables
+    python benchmarks/mixing.py --save           # also writes benchmarks/results/mixing.json
+    python benchmarks/mixing.py --threads 1 --allocator kept --shape 128x3x32x32 --dtype float32 --rounds 50
+
+Rows of hardmix draw their plan inside the timed call, one lambda for each sample. "out=" is
+`policy.plan(x).blend(x, out=buffer)`, "in place" is `policy.plan(x).blend_(x)`, "new" is `policy(x, y)` with its
+labels. Rows of other packages (those that are installed) mix the labels too.
+
+The cases of a table take turns in one process, each round starting with another case; a case is the median of its
+rounds. Caches are "cold" when 64 MB are written before each call, as after a training step, and "warm" when the call
+has just been made once before; for large batches there is no difference. By default the C library gives large blocks
+back to the system and takes them page by page again, which costs a new batch several times the arithmetic; with "kept"
+blocks it does not, which is close to what a GPU's caching allocator does. The script runs itself once for each
+allocator and number of threads. CPU is the time of the process, wall that of the clock; threads that wait sleep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "mixing.json"
+ALLOCATORS = {
+    "default": {},
+    "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_TOP_PAD_": str(2 * 10**9)},
+}
+SHAPES = ("128x3x224x224", "128x3x32x32")
+DTYPES = ("float32", "uint8")
+LARGE = 2**22  # values; from this size on the batch alone fills the caches
+POLICIES = ("Mixup", "CutMix", "FMix", "GridMix", "ResizeMix", "SmoothMix")
+
+
+def build_cases(shape: list[int], dtype_name: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(name -> call, package -> version)"""
+    import torch
+
+    import _peers
+    import hardmix
+    from hardmix import mixing
+
+    dtype = getattr(torch, dtype_name)
+    x = torch.rand(shape) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
+    changing, buffer = x.clone(), torch.empty_like(x)
+    y = torch.arange(shape[0]) % 10
+    generator = torch.Generator().manual_seed(0)
+
+    def make_cases(policy: mixing.policy.Policy) -> dict[str, Callable[[], object]]:
+        return {
+            "out=": lambda: policy.plan(x, y, generator=generator).blend(x, out=buffer),
+            "in place": lambda: policy.plan(changing, y, generator=generator).blend_(changing),
+            "new": lambda: policy(x, y, generator=generator),
+        }
+
+    cases: dict[str, Callable[[], object]] = {"copy_": lambda: buffer.copy_(x)}
+    for name in POLICIES:
+        cases.update({f"{name}, {form}": case for form, case in make_cases(getattr(mixing, name)()).items()})
+    peers, versions = _peers.mixing_steps(changing, y, num_classes=10)
+    return cases | peers, {"hardmix": hardmix.__version__, "torch": torch.__version__} | versions
+
+
+def measure(shape: list[int], dtype: str, caches: str, rounds: int) -> dict:
+    """One table: name -> median CPU and wall milliseconds and their ratios to copy_."""
+    import torch
+
+    cases, versions = build_cases(shape, dtype)
+    raising = {}
+    for name, call in cases.items():
+        try:
+            call()
+        except Exception as error:
+            raising[name] = type(error).__name__
+    names = [name for name in cases if name not in raising]
+    spoil = torch.zeros(16 * 2**20)
+    times: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn * 7 % len(names)
+        for name in names[first:] + names[:first]:
+            call = cases[name]
+            if caches == "cold":
+                spoil.add_(1.0)
+            else:
+                call()
+            wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+            call()
+            times[name].append((time.process_time_ns() - cpu, time.perf_counter_ns() - wall))
+    medians = {name: [statistics.median(column) / 1e6 for column in zip(*times[name], strict=True)] for name in names}
+    base = medians["copy_"]
+    rows = {
+        name: {"cpu_ms": cpu, "wall_ms": wall, "cpu_ratio": cpu / base[0], "wall_ratio": wall / base[1]}
+        for name, (cpu, wall) in medians.items()
+    }
+    return {"rows": rows, "raises": raising, "versions": versions}
+
+
+def run_worker(setting: dict) -> dict:
+    """`measure` in a fresh process, since allocator and threads are settled when one starts."""
+    environment = {
+        **os.environ,
+        **ALLOCATORS[setting["allocator"]],
+        "OMP_NUM_THREADS": str(setting["threads"]),
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = [sys.executable, __file__, "--worker", json.dumps(setting)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return {**setting, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def show(table: dict) -> None:
+    print("\n{shape} {dtype}, {threads} thread(s), {allocator} allocator, {caches} caches".format(**table))
+    print(f"{'':34s}{'CPU ms':>10s}{'x copy_':>9s}{'wall ms':>10s}{'x copy_':>9s}")
+    for name, row in table["rows"].items():
+        print("{:34s}{cpu_ms:10.3f}{cpu_ratio:9.2f}{wall_ms:10.3f}{wall_ratio:9.2f}".format(name, **row))
+    for name, error in table["raises"].items():
+        print(f"{name:34s}    raises {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"write results/{RESULTS.name}")
+    parser.add_argument("--rounds", type=int, help="rounds of a table (default: by the size of the batch)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--allocator", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
+    parser.add_argument("--shape", nargs="+", default=SHAPES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        setting = json.loads(args.worker)
+        shape = [int(length) for length in setting["shape"].split("x")]
+        print(json.dumps(measure(shape, setting["dtype"], setting["caches"], setting["rounds"])))
+        return
+    tables = []
+    for shape in args.shape:
+        large = math.prod(int(length) for length in shape.split("x")) >= LARGE
+        for dtype in args.dtype:
+            for allocator in args.allocator:
+                for threads in args.threads:
+                    for caches in ("cold",) if large else ("cold", "warm"):
+                        setting = {"shape": shape, "dtype": dtype, "allocator": allocator, "threads": threads}
+                        rounds = args.rounds or (11 if large else 60)
+                        tables.append(run_worker({**setting, "caches": caches, "rounds": rounds}))
+                        show(tables[-1])
+    if args.save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+        RESULTS.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n")
+        print(f"\nwrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
