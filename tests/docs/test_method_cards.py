@@ -214,13 +214,13 @@ def test_measured_costs_of_mixing_come_from_the_result_file(
 ) -> None:
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
     assert "no result is committed yet" in tool.PARTS["cost of mixup"]()
-    shape = {"shape": "128x3x32x32", "dtype": "float32", "regime": "default"}
+    shape = {"shape": "128x3x32x32", "dtype": "float32", "allocator": "default", "caches": "cold"}
     found = [
         {**shape, "threads": n, "rows": {"Mixup, new": {"cpu_ratio": ratio}}} for n, ratio in ((1, 12.345), (2, 77))
     ]
     (tmp_path / "mixing.json").write_text(json.dumps({"tables": found}))
     text = tool.PARTS["cost of mixup"]()
-    assert "| 128 x 3 x 32 x 32 float32 | default | 12.3 |" in text
+    assert "| 128 x 3 x 32 x 32 float32 | default | cold | 12.3 |" in text
     assert "77" not in text
 
 

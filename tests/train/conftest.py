@@ -14,7 +14,15 @@ TINY = {
     "model": {"name": "small-cnn", "options": {"width": 4}},
     "policy": {"name": "cutmix", "alpha": 1.0},
     "objective": {"name": "decoupled-mixup", "eta": 0.1},
-    "train": {"epochs": 2, "batch_size": 32, "lr": 0.05, "log_every": 2, "threads": 1, "device": "cpu"},
+    "train": {
+        "epochs": 2,
+        "batch_size": 32,
+        "lr": 0.05,
+        "warmup_epochs": 0.5,
+        "log_every": 2,
+        "threads": 1,
+        "device": "cpu",
+    },
 }
 
 
