@@ -331,7 +331,8 @@ def _evaluate_robustness(folder: Path, checkpoint: str | None, data_path: str, s
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:
         table.add_row(*map(escape, line))
-    console.print(table)
+    # Values stand below what they are measured at; a narrow terminal may wrap the line, but not the cells.
+    Console(highlight=False, width=max(console.width, 140)).print(table)
     _say_where("Report", page)
 
 
