@@ -1,8 +1,8 @@
 """Every input check and its message.
 
 A message is one sentence with four parts: who complains, which argument, what came, what to do. Checks read metadata
-only (type, rank, length, dtype, device, the range of a Python number), so none of them waits for a device; the one
-exception, `classes_in_range`, looks at values only where the tensor is already on the CPU.
+only (type, rank, length, dtype, device, the range of a Python number), so none of them waits for a device; the
+exceptions, `classes_in_range` and `finite`, look at values only where the tensor is already on the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor
+
+from hardmix._math import is_transformed
 
 
 def number(who: str, name: str, value: object) -> float:
@@ -133,6 +135,25 @@ def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, igno
             f"pass class ids from 0 to {num_classes - 1}."
         )
     return False
+
+
+def finite(who: str, name: str, x: Tensor) -> None:
+    """No NaN or infinity. Reads values, so it only looks at CPU tensors in eager mode: a GPU is never waited for.
+
+    The sum costs one read of the tensor; only where it is not finite (it may also have overflowed) is each value asked.
+    """
+    if x.device.type != "cpu" or not x.is_floating_point() or torch.compiler.is_compiling() or is_transformed():
+        return
+    if math.isfinite(x.detach().sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).item()):
+        return
+    bad = ~torch.isfinite(x.detach()).flatten(1).all(1)
+    if bool(bad.any()):
+        rows = bad.nonzero().flatten().tolist()
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise ValueError(
+            f"{who}: {name} holds NaN or infinity in rows {', '.join(map(str, rows[:5]))}{more}; "
+            "repair or leave out these samples."
+        )
 
 
 def _type_or_value(value: object, message: str) -> Exception:

@@ -300,3 +300,19 @@ def test_alpha_comes_first(policy: type[Policy]) -> None:
     assert policy(0.3, per="pair", pairing="reversal").pairing == "reversal"
     with pytest.raises(TypeError, match="positional"):
         policy(0.3, "sample")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_named(name: str, bad: float) -> None:
+    x = torch.rand(6, 1, 12, 12, generator=rng())
+    x[4, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match=r"x holds NaN or infinity in rows 4; repair or leave out these samples\."):
+        POLICIES[name]("sample")(x, torch.arange(6))
+
+
+def test_large_finite_values_are_fine() -> None:
+    """Their sum overflows, they don't."""
+    x = torch.full((2, 1, 4, 4), 3e38)
+    mixed, _ = CutMix()(x, torch.arange(2))
+    assert torch.equal(mixed, x)

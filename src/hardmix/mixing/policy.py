@@ -99,6 +99,7 @@ class Policy(nn.Module):
         y = _check.tensor(who, "y", y)
         _check.same_length(who, "y", y, "x", x.shape[0])
         _check.same_device(who, "y", y, "x", x.device)
+        _check.finite(who, "x", x)
         plan = self.plan(x, y, generator=generator)
         return plan, plan.target(y, kind=kind)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix.data.catalog import load_images
-from hardmix.data.images import ImageSet
+from hardmix.data.images import ImageSet, check_finite
 from hardmix.data.splits import stratified_subset, train_validation_split
 from hardmix.data.views import Augment, Normalize
 from hardmix.distributed import gather_rows, my_part
@@ -82,7 +82,10 @@ class Classification:
 
     def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The raw batch of these training samples, on the CPU."""
-        return self.train_set.batch(index), self.train_set.labels[index]
+        images = self.train_set.batch(index)
+        if images.is_floating_point():
+            check_finite("data", images, self.names(index))
+        return images, self.train_set.labels[index]
 
     def names(self, index: Tensor) -> list[str]:
         """What error messages call these training samples."""
