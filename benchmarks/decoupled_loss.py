@@ -63,9 +63,8 @@ def timm_case() -> dict[str, Case]:
 
 
 def third(target: MixedTarget) -> MixedTarget:
-    return MixedTarget(
-        torch.cat([target.labels, target.labels.roll(1, 0)[:, :1]], 1), torch.full((len(target[0]), 3), 1 / 3)
-    )
+    labels = torch.cat([target.labels, target.labels.roll(1, 0)[:, :1]], 1)
+    return MixedTarget(labels, torch.full_like(labels, 1 / 3, dtype=torch.float32))
 
 
 CASES: dict[str, Case] = {

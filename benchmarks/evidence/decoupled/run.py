@@ -1,13 +1,13 @@
 """What Decoupled Mixup does when labels are few: one command, resumable, results small enough to commit.
 
-    python benchmarks/evidence/decoupled/run.py --budget small    # embedded Fashion-MNIST, half an hour on two cores
-    python benchmarks/evidence/decoupled/run.py --budget full     # adds larger subsets and CIFAR-10; wants a GPU
+    python benchmarks/evidence/decoupled/run.py --budget small    # embedded Fashion-MNIST, hours on two cores
+    python benchmarks/evidence/decoupled/run.py --budget full     # adds CIFAR-10 and ResNet-18; wants a GPU
+    python benchmarks/evidence/decoupled/page.py                  # tables and plots of docs/evidence from the results
 
-Every method of a group is trained on the same seeds, subsets, splits, initial weights and order. Each policy is run
-with plain soft cross entropy at the alpha that is usual for it and at the alpha of the Decoupled Mixup paper, and with
-Decoupled Mixup at the latter: the paper changes alpha and loss together, so only the second and third tell what the
-loss does. The runs go to --out (default runs/evidence-decoupled), where finished ones are kept and broken ones resumed.
-The numbers of each run are written beside this file into results/.
+Every method of a comparison is trained on the same seeds, images, initial weights and order; groups.py says which
+methods and why. The runs go to --out, where finished ones are kept and broken ones resumed. The numbers of each run are
+written beside this file into results/, one row a run. A comparison that is stopped (Ctrl-C, SIGTERM) writes the seeds
+that all of its methods have finished.
 """
 
 from __future__ import annotations
@@ -16,158 +16,96 @@ import argparse
 import csv
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hardmix.train.compare import METRICS, compare
-from hardmix.train.recipe import Recipe, check_recipe
+from groups import groups
+
+from hardmix.train.compare import METRICS, compare, default_workers, plan_jobs
+from hardmix.train.errors import Interrupted
+from hardmix.train.loop import read_summary
+from hardmix.train.recipe import Recipe
 
 HERE = Path(__file__).parent
-ETA = 0.5
-USUAL_ALPHA, PAPER_ALPHA = 1.0, 0.2
-HIDDEN = {"small-resnet": ["stage1", "stage2"], "resnet18": ["stage1", "stage2"], "tiny-vit": ["stage1", "stage2"]}
-TRAIN = {"epochs": 30, "batch_size": 64, "lr": 0.1, "weight_decay": 5e-4, "warmup_epochs": 3, "threads": 1}
-VIT_TRAIN = {**TRAIN, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0}
-SPARSE = {"eval": {"every": 5}}
 
 
-def policy(name: str, model: str, alpha: float | None) -> dict[str, Any]:
-    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
-    if name == "manifold-mixup":
-        options["layers"] = HIDDEN[model]
-    return {"name": name, **options}
+def progress_line(total: int) -> Callable[[str], Callable[[int, dict[str, Any]], None]]:
+    """One line that says how far all the comparisons are, and for how long they will go on at this pace."""
+    started, done = time.monotonic(), 0
 
-
-def methods(model: str, policies: list[str]) -> dict[str, dict[str, Any]]:
-    """Policy and objective of each method, by name; no mixing comes first, it is what the others are tested against."""
-    made: dict[str, dict[str, Any]] = {"none": {"objective": {"name": "soft-cross-entropy"}}}
-    for name in policies:
-        # ResizeMix draws its own scale and has no alpha.
-        alphas = (None,) if name == "resizemix" else (USUAL_ALPHA, PAPER_ALPHA)
-        for alpha in alphas:
-            made[f"{name}-ce" + ("" if alpha is None else f"-a{alpha:g}")] = {
-                "policy": policy(name, model, alpha),
-                "objective": {"name": "soft-cross-entropy"},
-            }
-        alpha = alphas[-1]
-        made[f"{name}-dm" + ("" if alpha is None else f"-a{alpha:g}")] = {
-            "policy": policy(name, model, alpha),
-            "objective": {"name": "decoupled-mixup", "eta": ETA},
-        }
-    return made
-
-
-def eta_methods() -> dict[str, dict[str, Any]]:
-    """The weight of the regulariser, everything else alike."""
-    return {
-        f"{name}-dm-eta{eta:g}": {
-            "policy": policy(name, "small-resnet", PAPER_ALPHA),
-            "objective": {"name": "decoupled-mixup", "eta": eta},
-        }
-        for name in ("mixup", "cutmix")
-        for eta in (0.0, 0.1, 0.5, 1.0, 2.0)
-    }
-
-
-def bce_methods() -> dict[str, dict[str, Any]]:
-    """The binary form: one-vs-all targets as they are, and rescaled with the paper's settings."""
-    made = {}
-    for name, xi, t in (("mixup", 1.0, 0.5), ("cutmix", 0.8, 1.0)):
-        mixed = policy(name, "small-resnet", PAPER_ALPHA)
-        made[f"{name}-bce"] = {"policy": mixed, "objective": {"name": "soft-bce"}}
-        made[f"{name}-dm-bce"] = {"policy": mixed, "objective": {"name": "decoupled-mixup-bce", "xi": xi, "t": t}}
-    return made
-
-
-ALL = ["mixup", "cutmix", "fmix", "resizemix", "manifold-mixup"]
-PAIR = ["mixup", "cutmix"]
-
-
-def group(
-    data: str, samples: int, model: str, chosen: dict[str, dict[str, Any]], train: dict[str, Any]
-) -> list[Recipe]:
-    """The recipes of one comparison. A sixth of the images is for validation, `samples` are trained on."""
-    recipes = []
-    for name, parts in chosen.items():
-        table = {
-            "name": name,
-            "data": {"name": data, "train_samples": round(samples * 1.2), "validation": 1 / 6, "augment": ["flip"]},
-            "model": {"name": model},
-            "train": train,
-            **SPARSE,
-            **parts,
-        }
-        if data == "cifar10":
-            table["data"]["augment"] = ["flip", "crop"]
-        recipes.append(check_recipe(table, name))
-    return recipes
-
-
-def groups(budget: str) -> dict[str, list[Recipe]]:
-    small, vit = "small-resnet", "tiny-vit"
-    made = {
-        "fashion-1000": group("fashion-mini", 1000, small, methods(small, ALL), TRAIN),
-        "fashion-2000": group("fashion-mini", 2000, small, methods(small, PAIR), TRAIN),
-        "fashion-1000-eta": group("fashion-mini", 1000, small, eta_methods(), TRAIN),
-        "fashion-1000-bce": group("fashion-mini", 1000, small, bce_methods(), TRAIN),
-        "fashion-1000-vit": group("fashion-mini", 1000, vit, methods(vit, PAIR), VIT_TRAIN),
-    }
-    if budget == "full":
-        long = {**TRAIN, "epochs": 200, "warmup_epochs": 5, "threads": 0, "batch_size": 100}
-        made["fashion-2000"] = group("fashion-mini", 2000, small, methods(small, ALL), TRAIN)
-        made["fashion-5000"] = group("fashion-mini", 5000, small, methods(small, ALL), TRAIN)
-        for samples in (5000, 10000, 25000):
-            made[f"cifar10-{samples}"] = group("cifar10", samples, "resnet18", methods("resnet18", ALL), long)
-    return made
-
-
-def write_results(name: str, result: dict[str, Any], recipes: list[Recipe]) -> None:
-    """One row a run, and the tests, without anything that depends on the machine but the seconds."""
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seed", *METRICS, "seconds_per_step"])
-        for run in result["runs"]:
-            values = [f"{run['test'][metric]:.6f}" for metric in METRICS]
-            writer.writerow([run["name"], run["seed"], *values, f"{run['seconds']['per_step']:.5f}"])
-    about = {key: result[key] for key in ("command", "seeds", "versions", "device")}
-    recipe = recipes[0].model_dump(mode="json", exclude_none=True, exclude={"name", "policy", "objective", "seed"})
-    (folder / f"{name}.json").write_text(json.dumps({**about, "recipe": recipe}, indent=1) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", choices=["small", "full"], default="small")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: one per core, or one on a GPU")
-    parser.add_argument("--only", nargs="*", help="names of groups; default all of the budget")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence-decoupled"))
-    options = parser.parse_args()
-    chosen = {name: recipes for name, recipes in groups(options.budget).items() if name in (options.only or [name])}
-    total = sum(len(recipes) for recipes in chosen.values()) * options.seeds
-    done = 0
-    for name, recipes in chosen.items():
-
+    def named(name: str) -> Callable[[int, dict[str, Any]], None]:
         def watch(number: int, event: dict[str, Any]) -> None:
             nonlocal done
             if event.get("done"):
                 done += 1
-                print(f"\r{done} of {total} runs  ({name})    ", end="", file=sys.stderr, flush=True)  # noqa: B023
+                left = (time.monotonic() - started) / done * (total - done) / 60
+                print(
+                    f"\r{done} of {total} runs, {left:.0f} min left  ({name})    ", end="", file=sys.stderr, flush=True
+                )
 
+        return watch
+
+    return named
+
+
+def write_results(name: str, recipes: list[Recipe], seeds: list[int], out: Path, command: str) -> None:
+    """One row for each run of the seeds that every method has finished, and how they came about."""
+    jobs = {(job.recipe.name, job.recipe.seed): job.folder for job in plan_jobs(recipes, seeds, out)}
+    finished = [s for s in seeds if all((jobs[r.name, s] / "summary.json").is_file() for r in recipes)]
+    if not finished:
+        return
+    runs = {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *METRICS, "ms_per_step"])
+        for (method, seed), run in runs.items():
+            values = [f"{run['test'][metric]:.6f}" for metric in METRICS]
+            writer.writerow([method, seed, *values, f"{1000 * run['seconds']['per_step']:.3f}"])
+    first = runs[recipes[0].name, finished[0]]
+    about = {"command": command, "seeds": finished, "versions": first["versions"], "device": first["device"]}
+    about |= {"data": {key: first["data"][key] for key in ("name", "train", "test")}, "model": first["model"]}
+    recipe = recipes[0].model_dump(mode="json", exclude_none=True, exclude={"name", "policy", "objective", "seed"})
+    recipe["data"].pop("path")
+    (folder / f"{name}.json").write_text(json.dumps({**about, "recipe": recipe}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", choices=["small", "full"], default="small")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: one per core, or one on a GPU")
+    parser.add_argument("--only", nargs="*", help="comparisons of the budget; default all")
+    parser.add_argument("--epochs", type=int, help="instead of those in groups.py; the results then say so")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence-decoupled"))
+    options = parser.parse_args()
+    known = groups(options.budget, options.epochs)
+    if unknown := sorted(set(options.only or ()) - set(known)):
+        parser.error(f"--only names {', '.join(unknown)}; budget {options.budget} has {', '.join(known)}")
+    chosen = {name: known[name] for name in options.only or known}
+    seeds = list(range(options.seeds))
+    jobs = [job for name, recipes in chosen.items() for job in plan_jobs(recipes, seeds, options.out / name)]
+    watch = progress_line(len(jobs), sum((job.folder / "summary.json").is_file() for job in jobs))
+    stopped: Interrupted | None = None
+    for name, recipes in chosen.items():
         command = f"python benchmarks/evidence/decoupled/run.py --budget {options.budget} --only {name}"
-        result = compare(
-            recipes,
-            list(range(options.seeds)),
-            options.out / name,
-            workers=options.jobs,
-            command=command,
-            title=name,
-            watch=watch,
-        )
-        write_results(name, result, recipes)
+        command += f" --jobs {options.jobs}" * bool(options.jobs) + f" --epochs {options.epochs}" * bool(options.epochs)
+        workers = options.jobs or default_workers(len(recipes) * len(seeds))
+        try:
+            out = options.out / name
+            compare(recipes, seeds, out, workers=workers, command=command, title=name, watch=watch(name))
+        except Interrupted as error:
+            stopped = error
+        write_results(name, recipes, seeds, options.out / name, command)
+        if stopped is not None:
+            print(f"\n{stopped}", file=sys.stderr)
+            return 128 + stopped.signum
     print(file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
