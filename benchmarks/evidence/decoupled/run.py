@@ -88,7 +88,7 @@ def main() -> int:
     chosen = {name: known[name] for name in options.only or known}
     seeds = list(range(options.seeds))
     jobs = [job for name, recipes in chosen.items() for job in plan_jobs(recipes, seeds, options.out / name)]
-    watch = progress_line(len(jobs), sum((job.folder / "summary.json").is_file() for job in jobs))
+    watch = progress_line(len(jobs))
     stopped: Interrupted | None = None
     for name, recipes in chosen.items():
         command = f"python benchmarks/evidence/decoupled/run.py --budget {options.budget} --only {name}"
