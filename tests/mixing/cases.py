@@ -52,6 +52,13 @@ def constant_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values.view(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()
 
 
+def own_share(mask: Tensor) -> Tensor:
+    """What lam is, counted from a mask (N, 1, *spatial): its mean, which for a row of one value is that value."""
+    rows = mask.flatten(1)
+    # The float32 mean of equal values may miss them in the last bit.
+    return torch.where((rows == rows[:, :1]).all(1), rows[:, 0], mask.mean(tuple(range(1, mask.ndim))))
+
+
 def blend_by_hand(x: Tensor, plan: MixPlan) -> np.ndarray:
     """float64: own and partner pixels weighed one row at a time."""
     own = (x if plan.own is None else plan.own).double().numpy()

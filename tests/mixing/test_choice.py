@@ -21,7 +21,7 @@ from hardmix.mixing import (
     SmoothMix,
 )
 from hardmix.mixing.choice import combine
-from mixing.cases import blend_by_hand, rng
+from mixing.cases import blend_by_hand, own_share, rng
 
 X = torch.rand(6, 3, 12, 15, generator=rng())
 
@@ -76,7 +76,7 @@ def test_combined_rows_are_the_policies_rows() -> None:
             assert plan.lam[i] == pytest.approx(float(plans[k].lam[i]), abs=1e-6)
             assert int(plan.partner[i]) == int(plans[k].partner[i])
         assert plan.mask is not None
-        assert torch.equal(plan.lam, plan.mask.mean((1, 2, 3)))
+        assert torch.equal(plan.lam, own_share(plan.mask))
         np.testing.assert_allclose(mixed.double().numpy(), blend_by_hand(X, plan), atol=1e-5)
 
 

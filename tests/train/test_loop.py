@@ -14,6 +14,7 @@ from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer
 from hardmix.train.loop import lr_factor, run_recipe
 from hardmix.train.recipe import Recipe
+from hardmix.train.tasks.classification import Classification
 
 from .conftest import fingerprint, tiny
 
@@ -44,6 +45,14 @@ def interrupted(recipe: Recipe, folder: Path, step: int, monkeypatch, signum: in
     monkeypatch.undo()
     assert caught.value.signum == signum
     return json.loads(sorted((folder / "checkpoints").glob("step-*"))[-1].joinpath("state.json").read_text())["step"]
+
+
+def test_nothing_of_a_step_stays_behind_on_the_cpu():
+    """On a device of its own (meta stands for any) the task moves all that it computes with."""
+    task = Classification(tiny()).to(torch.device("meta"))
+    batch = tuple(part.to("meta") for part in task.load(torch.arange(8)))
+    loss, values = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    assert {tensor.device.type for tensor in (loss, *values.values())} == {"meta"}
 
 
 def test_a_run_leaves_what_it_promises(straight):

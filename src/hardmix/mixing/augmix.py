@@ -114,9 +114,9 @@ def distort_(x: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Tenso
             continue
         rows = chosen.nonzero()[:, 0]
         if rows.shape[0] > 0:
-            parameters = (_per_row(move(value[rows], x.device), x) for value in (level, sign))
-            rows = move(rows, x.device)
-            x.index_copy_(0, rows, function(x.index_select(0, rows), *parameters))
+            parameters = [_per_row(move(value[rows], x.device), x) for value in (level, sign)]
+            there = move(rows, x.device)
+            x.index_copy_(0, there, function(x.index_select(0, there), *parameters))
     return x
 
 

@@ -201,8 +201,8 @@ def combine(plans: list[MixPlan], choice: Tensor, x: Tensor) -> MixPlan:
     if any(plan.fit is None and plan.other is not None for plan in plans):
         other = pick([x[plan.partner] if plan.other is None else plan.other for plan in plans])
         fit = None
-    # The mean over a mask of one value may differ from that value in the last bit.
-    lam = pick([plan.lam for plan in plans]) if mask is None else mask.mean(tuple(range(1, mask.ndim)))
+    # Not the mean of the mask: devices sum it in different orders.
+    lam = pick([plan.lam for plan in plans])
     shift = plans[0].shift if all(plan.shift == plans[0].shift for plan in plans) else None
     source = None if fit is None else x
     return MixPlan(partner, lam, mask, size=size, own=own, other=other, shift=shift, fit=fit, source=source)

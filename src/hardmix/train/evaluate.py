@@ -48,7 +48,7 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
         if name in saved.tensors:
             module.load_state_dict(saved.tensors[name])
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device == "auto" else "cpu")
-    return LoadedRun(task, task.model.to(device).eval(), device, saved.state["step"])
+    return LoadedRun(task, task.to(device).model.eval(), device, saved.state["step"])
 
 
 def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict[str, Any]:

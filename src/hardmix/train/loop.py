@@ -109,14 +109,11 @@ class _Run:
                 f"not every process sees the checkpoints in {folder}; put it on a disk that all of them share."
             )
         # Weights to start from are not needed by a run that has a checkpoint of its own.
-        self.task = TASKS[recipe.task](recipe, pretrained=last is None)
-        self.task.objective.to(self.device)
+        self.task = TASKS[recipe.task](recipe, pretrained=last is None).to(self.device)
         if recipe.train.channels_last:
             self.task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, _optimizer(self.task.model, recipe))
         self.extra = self.task.modules()
-        for module in self.extra.values():
-            module.to(self.device)
         self.ema: AveragedModel | None = None
         if recipe.train.ema:
             average = get_ema_multi_avg_fn(recipe.train.ema)

@@ -273,7 +273,7 @@ class _OnPixels(nn.Module):
     def __init__(self, run: LoadedRun) -> None:
         super().__init__()
         self.model = run.model
-        self.normalize = run.task.normalize.to(run.device)
+        self.normalize = run.task.normalize
         self.channels_last = run.task.recipe.train.channels_last
 
     def forward(self, x: Tensor) -> Tensor:

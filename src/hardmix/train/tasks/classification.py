@@ -76,6 +76,12 @@ class Classification:
     def num_train(self) -> int:
         return len(self.train_set)
 
+    def to(self, device: torch.device) -> Classification:
+        """Move all that a step or an evaluation computes with, and return itself."""
+        for module in (self.model, self.objective, self.normalize, *self.modules().values()):
+            module.to(device)
+        return self
+
     def modules(self) -> dict[str, nn.Module]:
         """What is trained or tracked besides the model, by the name it has in a checkpoint."""
         return {} if self.policy is None else {"policy": self.policy}
