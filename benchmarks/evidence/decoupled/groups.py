@@ -110,7 +110,8 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
         for samples in (5000, 10000, 25000):
             rest = NONE | methods(REST)
             made[f"cifar10-{samples}-rest"] = group("cifar10", samples, large, rest, gpu)
-            made[f"cifar10-{samples}-small"] = group("cifar10", samples, resnet, everything, cnn)
+            made[f"cifar10-{samples}-small"] = group("cifar10", samples, resnet, pair, cnn)
+            made[f"cifar10-{samples}-small-rest"] = group("cifar10", samples, resnet, rest, cnn)
             made[f"cifar10-{samples}-bce"] = group("cifar10", samples, large, binary_methods(), gpu)
             made[f"cifar10-{samples}-vit"] = group("cifar10", samples, vit, pair, vit_train)
     return made

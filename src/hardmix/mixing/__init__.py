@@ -4,6 +4,7 @@ from hardmix.mixing.augmix import AugMix
 from hardmix.mixing.choice import RandomChoice, Scheduled
 from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.masks import FMix, GridMix, SmoothMix
+from hardmix.mixing.pairing import CMixup, LabelKernel
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.resize import ResizeMix
@@ -13,9 +14,11 @@ from hardmix.mixing.target import MixedTarget
 
 __all__ = [
     "AugMix",
+    "CMixup",
     "CutMix",
     "FMix",
     "GridMix",
+    "LabelKernel",
     "ManifoldMixup",
     "MixPlan",
     "MixedTarget",

@@ -21,6 +21,14 @@ class Pairing(NamedTuple):
     shift: int | None
 
 
+class LabelPairing:
+    """A way to draw partners that looks at the labels; stands where the name of a pairing may."""
+
+    def draw(self, who: str, y: Tensor | None, rows: int, generator: Generator | None) -> Pairing:
+        """Partners of `rows` rows with labels `y`."""
+        raise NotImplementedError
+
+
 def cpu_generator(who: str, generator: Generator | None) -> Generator | None:
     """Plans are drawn on the CPU, so the generator has to live there."""
     if generator is not None and not isinstance(generator, Generator):

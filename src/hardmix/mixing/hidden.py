@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix.mixing.draw import Pairing, cpu_generator
+from hardmix.mixing.draw import LabelPairing, Pairing, cpu_generator
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
@@ -53,7 +53,7 @@ class ManifoldMixup(Policy):
         alpha: float = 2.0,
         include_input: bool = True,
         per: str = "sample",
-        pairing: str | None = None,
+        pairing: str | LabelPairing | None = None,
     ) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
         if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):

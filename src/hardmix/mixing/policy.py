@@ -6,7 +6,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix.mixing.draw import PAIRINGS, PER, Pairing, cpu_generator, draw_lam, draw_partner, given_partner
+from hardmix.mixing.draw import (
+    PAIRINGS,
+    PER,
+    LabelPairing,
+    Pairing,
+    cpu_generator,
+    draw_lam,
+    draw_partner,
+    given_partner,
+)
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
 
@@ -19,20 +28,22 @@ class Policy(nn.Module):
         per: how often lambda (and the box, the mask) is drawn: "batch", "pair" (rows i and partner[i] share it; needs a
             pairing that is its own inverse) or "sample".
         pairing: "shift" (default), "permutation", "reversal" or "matching"; see `hardmix.mixing.draw.draw_partner`.
-            None means "shift", or "matching" with per="pair".
+            None means "shift", or "matching" with per="pair". A `LabelKernel` draws partners by their labels.
     """
 
     #: smallest and largest number of axes of the batch, samples and channels included
     min_ndim, max_ndim = 3, 5
 
-    def __init__(self, *, alpha: float = 1.0, per: str = "sample", pairing: str | None = None) -> None:
+    def __init__(self, *, alpha: float = 1.0, per: str = "sample", pairing: str | LabelPairing | None = None) -> None:
         super().__init__()
         who = type(self).__name__
         self.alpha = _check.positive(who, "alpha", alpha)
         self.per = _check.choice(who, "per", per, PER)
         if pairing is None:
             pairing = "matching" if per == "pair" else "shift"
-        self.pairing = _check.choice(who, "pairing", pairing, PAIRINGS)
+        if not isinstance(pairing, LabelPairing):
+            pairing = _check.choice(who, "pairing", pairing, PAIRINGS)
+        self.pairing = pairing
         if per == "pair" and pairing not in ("reversal", "matching"):
             raise ValueError(
                 f'{who}: per="pair" with pairing={pairing!r} has no pairs; pass pairing="matching" or "reversal".'
@@ -57,7 +68,11 @@ class Policy(nn.Module):
         cpu_generator(who, generator)
         n = x.shape[0]
         if partner is None:
-            return self._draw(x, y, draw_partner(n, self.pairing, generator), generator)
+            if isinstance(self.pairing, LabelPairing):
+                drawn = self.pairing.draw(who, y, n, generator)
+            else:
+                drawn = draw_partner(n, self.pairing, generator)
+            return self._draw(x, y, drawn, generator)
         pairing = given_partner(who, partner, n)
         if self.per == "pair" and not torch.compiler.is_compiling():
             back = pairing.partner[pairing.partner]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from hardmix.mixing.draw import Pairing, uniform
+from hardmix.mixing.draw import LabelPairing, Pairing, uniform
 from hardmix.mixing.plan import MixPlan, full_box_share
 from hardmix.mixing.policy import Policy
 
@@ -25,7 +25,7 @@ class Mixup(Policy):
 
     min_ndim = 2
 
-    def __init__(self, alpha: float = 1.0, *, per: str = "sample", pairing: str | None = None) -> None:
+    def __init__(self, alpha: float = 1.0, *, per: str = "sample", pairing: str | LabelPairing | None = None) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
