@@ -39,10 +39,12 @@ def value_and_gradient(loss, z: torch.Tensor) -> tuple[float, torch.Tensor]:
     return value.item(), grad
 
 
-@pytest.fixture(params=["whole", "tiled"])
+@pytest.fixture(params=["whole", "tiled", "tied"])
 def tiles(request, monkeypatch):
-    """The Gram matrix whole, and in blocks so small that every loop goes round several times."""
-    if request.param == "tiled":
+    """The Gram matrix whole, and in blocks so small that every loop goes round several times; sums label by label
+    wherever they are possible."""
+    monkeypatch.setattr(kernel, "WORTH_TYING", 100.0 if request.param == "tied" else 0.0)
+    if request.param != "whole":
         monkeypatch.setattr(kernel, "DENSE_ROWS", 0)
         monkeypatch.setattr(kernel, "BOX_VALUES", 8)
         monkeypatch.setattr(kernel, "SMALL_BOX", 4)
@@ -259,6 +261,31 @@ def test_blocks_cover_every_anchor_once_with_all_its_pairs(labels, window, small
         assert block.one_label == (len(y[block.first : block.last].unique()) == 1)
 
 
+def test_drawn_pairs_stand_for_all_of_them() -> None:
+    """Sums of exponentials and of cosines are unbiased; loss and gradient see the same draw."""
+    z = torch.nn.functional.normalize(batch(24, 3))
+    y = torch.arange(24.0, dtype=torch.float64).div(3, rounding_mode="floor")
+    settings_ = (y, kernel.label_windows(y, math.inf), 0.5, None, None, True, True, False)
+    block = next(block for block in kernel.blocks(kernel.label_windows(y, math.inf), merge=False) if block.first == 12)
+    log, pull, count = kernel._Pairs(z, kernel.Contrast(*settings_)).sums(block)
+    draws = [kernel._Pairs(z, kernel.Contrast(*settings_, 12, seed)).sums(block) for seed in range(3000)]
+    assert all(torch.allclose(draw[2], count) for draw in draws)
+    for got, want in (
+        (torch.stack([d[0].exp() for d in draws]), log.exp()),
+        (torch.stack([d[1] for d in draws]), pull),
+    ):
+        error = got.std(0) / math.sqrt(len(draws))
+        assert ((got.mean(0) - want).abs() < 5 * error).all()
+        assert (error > 0).all()
+
+    def loss(z):
+        return supremix_loss(z, y, window=math.inf, max_mixtures=10, generator=rng(3), reduction="none")
+
+    assert torch.autograd.gradcheck(loss, z.requires_grad_())
+    whole = supremix_loss(z, y, window=math.inf, generator=rng(3), mix_neg=False)
+    assert supremix_loss(z, y, window=math.inf, max_mixtures=10**6, generator=rng(3), mix_neg=False) == whole
+
+
 def test_label_tolerance_makes_continuous_labels_equal() -> None:
     y = torch.tensor([1.02, 0.98, 2.01, 3.04])
     got = supremix_loss(batch(4), y, window=1.5, lam=shares(4), label_tolerance=0.5, reduction="none")
@@ -327,6 +354,7 @@ BAD = [
     (lambda z, y: supremix_loss(z, y, window=1.0, weighting="liner"), ValueError, r'did you mean "linear"'),
     (lambda z, y: supremix_loss(z, y, window=1.0, label_scale=0.0), ValueError, r"label_scale is 0\.0; pass a finite"),
     (lambda z, y: supremix_loss(z, y, window=1.0, label_tolerance=-1.0), ValueError, r"label_tolerance is -1\.0; pass"),
+    (lambda z, y: supremix_loss(z, y, window=1.0, max_mixtures=0), ValueError, r"max_mixtures is 0; pass an integer"),
     (lambda z, y: supremix_loss(z, y, window=1.0, reduction="avg"), ValueError, r"reduction is 'avg'; pass one of"),
     (lambda z, y: supremix_loss(z, y, window=2.0, lam=shares(4)), ValueError, r"lam has shape \(4, 4\); pass \(9, 9\)"),
     (lambda z, y: SupReMixLoss(window=1.0, label_scale="sd"), ValueError, r"label_scale is 'sd'; pass one of 'std'"),

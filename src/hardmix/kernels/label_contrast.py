@@ -12,12 +12,15 @@ again for the gradient instead of keeping them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hardmix.kernels import tied_mixtures as tied
 
 #: Up to so many rows the Gram matrix is formed whole; above, its parts are formed when they are needed.
 DENSE_ROWS = 1024
@@ -26,6 +29,8 @@ BOX_VALUES = 2**18
 BLOCK_VALUES = 2**21
 #: From this temperature on exp((s - 1) / t) does not underflow for any cosine in float32.
 LOWEST_PLAIN_TEMPERATURE = 0.03
+#: Mixtures are summed label by label where that visits this share of the pairs or less.
+WORTH_TYING = 0.5
 #: A block of several labels has pairs in its box that belong to none of them; so many times the useful ones are worth
 #: it, and small boxes always are.
 WASTE, SMALL_BOX = 3, 2**14
@@ -57,7 +62,8 @@ class Contrast(NamedTuple):
 
     labels: (M,) float64, sorted. weight: distance in labels -> factor in the denominator, None for 1.
     inclusive: (first, last) -> (last - first, M) shares of the anchor in its mixtures with every row, the same whenever
-    it is asked; None leaves those mixtures out. exclusive: whether pairs around the anchor are mixed.
+    it is asked; None leaves those mixtures out. exclusive: whether pairs around the anchor are mixed; most: how many of
+    them an anchor gets, drawn from `seed`, all without.
     """
 
     labels: Tensor
@@ -68,6 +74,16 @@ class Contrast(NamedTuple):
     exclusive: bool
     normalize: bool
     detach: bool
+    most: int | None = None
+    seed: int = 0
+
+
+class Part(NamedTuple):
+    """Some of a block's pairs: rows below and above, and how many pairs each of them stands for."""
+
+    below: slice | Tensor
+    above: slice | Tensor
+    scale: float = 1.0
 
 
 def label_windows(labels: Tensor, window: float) -> Windows:
@@ -98,9 +114,9 @@ def label_windows(labels: Tensor, window: float) -> Windows:
     return Windows(low.tolist(), start.tolist(), stop.tolist(), high.tolist())
 
 
-def blocks(windows: Windows) -> Iterator[Block]:
-    """All anchors of a label together, since they share their mixtures, and those of neighbouring labels as long as
-    their boxes overlap enough."""
+def blocks(windows: Windows, *, merge: bool = True) -> Iterator[Block]:
+    """All anchors of a label together, since they share their mixtures, and with `merge` those of neighbouring labels
+    as long as their boxes overlap enough."""
     low, start, stop, high = windows
     rows, first = len(low), 0
     while first < rows:
@@ -109,7 +125,7 @@ def blocks(windows: Windows) -> Iterator[Block]:
         last, useful = min(stop[first], most), 0
         one_label = True
         useful = (last - first) * (start[first] - low[first]) * (high[first] - stop[first])
-        while last < rows and start[last] == last and stop[last] <= most:
+        while merge and last < rows and start[last] == last and stop[last] <= most:
             useful += (stop[last] - last) * (start[last] - low[last]) * (high[last] - stop[last])
             box = (stop[last] - first) * (start[last] - low[first]) * (high[last] - stop[first])
             if box > BOX_VALUES or box > max(SMALL_BOX, WASTE * useful):
@@ -156,7 +172,7 @@ class _LabelContrast(torch.autograd.Function):
         pairs = _Pairs(z, contrast)
         total = z.new_empty(len(z))
         pull, count = torch.zeros_like(total), torch.zeros_like(total)
-        for block in blocks(contrast.windows):
+        for block in pairs.blocks():
             own = slice(block.first, block.last)
             total[own], pull[own], count[own] = pairs.sums(block)
         ctx.save_for_backward(z, total, count)
@@ -177,7 +193,7 @@ class _LabelContrast(torch.autograd.Function):
         with _full_precision(z):
             pairs = _Pairs(z, ctx.contrast)
             pairs.start_gradient()
-            for block in blocks(ctx.contrast.windows):
+            for block in pairs.blocks():
                 own = slice(block.first, block.last)
                 pairs.spread(block, total[own, None], grad[own, None], share[own, None])
             return pairs.gradient(), None
@@ -194,8 +210,12 @@ class _Pairs:
         self.rows = torch.arange(len(z), device=z.device)
         self.windows = torch.tensor(contrast.windows, device=z.device)  # (4, M)
 
-    def cosines(self, left: slice, right: slice) -> Tensor:
-        return self.z[left] @ self.z[right].T if self.gram is None else self.gram[left, right]
+    def blocks(self) -> Iterator[Block]:
+        """Pairs are drawn for a label, so anchors of several don't share a box then."""
+        return blocks(self.contrast.windows, merge=self.contrast.most is None)
+
+    def cosines(self, left: slice | Tensor, right: slice | Tensor) -> Tensor:
+        return self.z[left] @ self.z[right].T if self.gram is None else self.gram[left][:, right]
 
     def sums(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """log of the denominator, sum of s / t over the positives, and their number, for each anchor of a block."""
@@ -207,15 +227,16 @@ class _Pairs:
             s, lam, _ = self._inclusive(block, cosine)
             logits = self._log_weighted(s / t, (1.0 - lam) * self._distance(block), same)
             total = torch.logaddexp(total, logits.logsumexp(1))
-        for below in self._chunks(block):
-            mixed = self._exclusive(block, below, cosine)
-            count = count + mixed.number
-            pull = (
-                pull + mixed.s.sum((1, 2)) / t
-                if mixed.inside is None
-                else pull + (mixed.s * mixed.inside).sum((1, 2)) / t
-            )
-            total = torch.logaddexp(total, self._log_sum(mixed))
+        if ties := self._ties(block):
+            log, s = tied.sums(cosine[:, block.below], cosine[:, block.above], ties, t)
+            pull, count = pull + s / t, count + len(ties.below) * len(ties.above)
+            return torch.logaddexp(total, log), pull, count
+        for part in self._parts(block):
+            mixed = self._exclusive(block, part, cosine)
+            count = count + mixed.number * part.scale
+            s = mixed.s if mixed.inside is None else mixed.s * mixed.inside
+            pull = pull + s.sum((1, 2)) * (part.scale / t)
+            total = torch.logaddexp(total, self._log_sum(mixed) + math.log(part.scale))
         return total, pull, count
 
     def _log_sum(self, mixed: _Box) -> Tensor:
@@ -247,21 +268,26 @@ class _Pairs:
             logits = self._log_weighted(s / t, (1.0 - lam) * self._distance(block), same)
             c = (logits - total).exp_().mul_(grad)
             anchor += c * self._slope(1.0 - lam, s, lam, nu)
-        for below in self._chunks(block):
-            mixed = self._exclusive(block, below, cosine)
+        if ties := self._ties(block):
+            sides = cosine[:, block.below], cosine[:, block.above]
+            lower, upper = tied.slopes(*sides, ties, t, total, grad, share)
+            anchor[:, block.below] += lower
+            anchor[:, block.above] += upper
+        for part in self._parts(block) if ties is None else ():
+            mixed = self._exclusive(block, part, cosine)
+            weight, pull = grad[..., None] * part.scale, share[..., None] * part.scale
             c = (mixed.s / t).sub_(total[..., None])
             if mixed.inside is None:
-                c = c.exp_().mul_(grad[..., None]).sub_(share[..., None])
+                c = c.exp_().mul_(weight).sub_(pull)
             else:  # what is no mixture of the anchor may be out of bounds before exp, not only useless after it
-                c = c.masked_fill_(~mixed.inside, -torch.inf).exp_().mul_(grad[..., None])
-                c.sub_(share[..., None] * mixed.inside)
-            anchor[:, below] += (c * mixed.lower).sum(2)
-            anchor[:, block.above] += (c * mixed.upper).sum(1)
+                c = c.masked_fill_(~mixed.inside, -torch.inf).exp_().mul_(weight).sub_(pull * mixed.inside)
+            anchor[:, part.below] += (c * mixed.lower).sum(2)
+            anchor[:, part.above] += (c * mixed.upper).sum(1)
             if mixed.bend is not None:
                 # d s / d G_jk; where all anchors mix alike it is summed over them first.
                 c.mul_(mixed.s)
                 bend = mixed.bend[0] * c.sum(0) if block.one_label else c.mul_(mixed.bend).sum(0)
-                self._subtract_side(below, block.above, bend)
+                self._subtract_side(part, bend)
         own = slice(block.first, block.last)
         self.grad[own] += anchor @ self.z
         if self.contrast.detach:
@@ -271,12 +297,15 @@ class _Pairs:
     def gradient(self) -> Tensor:
         return self.grad if self.sides is None else self.grad.addmm_(self.sides + self.sides.T, self.z)
 
-    def _subtract_side(self, left: slice, right: slice, side: Tensor) -> None:
-        if self.sides is not None:
-            self.sides[left, right] -= side
-            return
-        self.grad[left] -= side @ self.z[right]
-        self.grad[right] -= side.T @ self.z[left]
+    def _subtract_side(self, part: Part, side: Tensor) -> None:
+        below, above, _ = part
+        if self.sides is None:
+            self.grad[below] -= side @ self.z[above]
+            self.grad[above] -= side.T @ self.z[below]
+        elif isinstance(below, slice):
+            self.sides[below, above] -= side
+        else:
+            self.sides[below[:, None], above] -= side
 
     def _slope(self, other: Tensor, s: Tensor, lam: Tensor, nu: Tensor | None) -> Tensor:
         """d s / d G_ik of an anchor-inclusive mixture; of its direction alone where mixtures are detached."""
@@ -320,18 +349,39 @@ class _Pairs:
         s = lam + (1.0 - lam) * cosine
         return (s if nu is None else s.div_(nu)), lam, nu
 
-    def _chunks(self, block: Block) -> Iterator[slice]:
-        """The rows below a block, as many at a time as a box holds."""
-        above = block.above.stop - block.above.start
-        if not self.contrast.exclusive or above <= 0:
-            return
-        size = max(1, BOX_VALUES // ((block.last - block.first) * above))
-        for first in range(block.below.start, block.below.stop, size):
-            yield slice(first, min(first + size, block.below.stop))
+    def _ties(self, block: Block) -> tied.Ties | None:
+        """The block's mixtures label by label, where they keep their length and few labels make it worth it."""
+        contrast = self.contrast
+        pairs = (block.below.stop - block.below.start) * (block.above.stop - block.above.start)
+        plain = contrast.temperature >= LOWEST_PLAIN_TEMPERATURE and not contrast.normalize and contrast.most is None
+        if not (contrast.exclusive and plain and block.one_label and pairs > 0):
+            return None
+        own, below, above = (contrast.labels[rows] for rows in (block.first, block.below, block.above))
+        ties = tied.find_ties(own, below, above, self.z.dtype)
+        return ties if ties.visits <= WORTH_TYING * pairs else None
 
-    def _exclusive(self, block: Block, below: slice, cosine: Tensor) -> _Box:
-        """The mixtures around the anchors of a block, of some of the rows below them."""
-        own, above = slice(block.first, block.last), block.above
+    def _parts(self, block: Block) -> Iterator[Part]:
+        """The pairs of a block, as many rows below at a time as a box holds; or those that are drawn."""
+        below, above, most = block.below, block.above, self.contrast.most
+        lower, upper = below.stop - below.start, above.stop - above.start
+        if not self.contrast.exclusive or lower <= 0 or upper <= 0:
+            return
+        if most is not None and lower * upper > most:
+            # A few rows of either side and all their pairs: every pair is as likely as any other to be there.
+            keep = min(lower, max(1, round(math.sqrt(most * lower / upper))))
+            other = min(upper, max(1, most // keep))
+            drawn = torch.Generator().manual_seed(self.contrast.seed + block.first)
+            rows = torch.randperm(lower, generator=drawn)[:keep], torch.randperm(upper, generator=drawn)[:other]
+            left, right = (index.sort().values.to(self.z.device) for index in rows)
+            yield Part(left + below.start, right + above.start, lower * upper / (keep * other))
+            return
+        size = max(1, BOX_VALUES // ((block.last - block.first) * upper))
+        for first in range(below.start, below.stop, size):
+            yield Part(slice(first, min(first + size, below.stop)), above)
+
+    def _exclusive(self, block: Block, part: Part, cosine: Tensor) -> _Box:
+        """The mixtures of these pairs around the anchors of a block."""
+        own, (below, above, _) = slice(block.first, block.last), part
         labels = self.contrast.labels - self.contrast.labels[block.first]  # small numbers, whatever the labels are
         u, lower, upper = (labels[part].to(self.z.dtype) for part in (own, below, above))
         width = upper - lower[:, None]

@@ -38,6 +38,7 @@ def supremix_loss(
     mix_neg: bool = True,
     mix_pos: bool = True,
     label_tolerance: float = 0.0,
+    max_mixtures: int | None = None,
     reduction: str = "mean",
     lam: Tensor | None = None,
     generator: Generator | None = None,
@@ -74,6 +75,9 @@ def supremix_loss(
         mix_neg, mix_pos: leave either kind out. With neither this is `supcon_loss`.
         label_tolerance: labels are rounded to multiples of this before anything else, so that continuous ones can be
             equal; 0 compares them as they are.
+        max_mixtures: about how many m_ijk an anchor gets at most; None gives it all, up to N^2 / 4. A few rows below
+            and above are drawn and all their pairs stand for the rest: sums over mixtures, and with them the pull of
+            the positives, are unbiased, their logarithm is a little low.
         reduction: "mean" over the anchors that have a positive, "sum", or "none".
         lam: (M, M) the shares that would be drawn, M = N V rows, view after view: entry (i, k) is the anchor i's share
             in m_ik.
@@ -102,6 +106,8 @@ def supremix_loss(
     """
     who = "supremix_loss"
     _check_options(who, window, temperature, beta, weighting, label_scale, label_tolerance, mix_pos, reduction)
+    if max_mixtures is not None:
+        _check.integer(who, "max_mixtures", max_mixtures, 1)
     cpu_generator(who, generator)
     x = labelled_rows(who, embeddings, labels)
     y = (x.labels / label_tolerance).round() * label_tolerance if label_tolerance else x.labels
@@ -122,6 +128,8 @@ def supremix_loss(
         exclusive=mix_pos,
         normalize=normalize_mixtures,
         detach=detach_mixtures,
+        most=max_mixtures,
+        seed=_seed(generator) if max_mixtures is not None and mix_pos else 0,
     )
     place = order.to(device)
     loss, count = label_contrast(unit(x.z)[place], contrast)
@@ -155,6 +163,7 @@ class SupReMixLoss(nn.Module):
         mix_neg: bool = True,
         mix_pos: bool = True,
         label_tolerance: float = 0.0,
+        max_mixtures: int | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -172,6 +181,9 @@ class SupReMixLoss(nn.Module):
         self.mix_neg = mix_neg
         self.mix_pos = mix_pos
         self.label_tolerance = label_tolerance
+        self.max_mixtures = (
+            max_mixtures if max_mixtures is None else _check.integer(who, "max_mixtures", max_mixtures, 1)
+        )
         self.reduction = reduction
         # On the host like the labels; NaN until it is fitted.
         unknown = float("nan") if label_scale == "std" else float(scale)
@@ -210,6 +222,7 @@ class SupReMixLoss(nn.Module):
             mix_neg=self.mix_neg,
             mix_pos=self.mix_pos,
             label_tolerance=self.label_tolerance,
+            max_mixtures=self.max_mixtures,
             reduction=self.reduction,
             generator=generator,
         )
@@ -249,8 +262,7 @@ def _shares(
             raise ValueError(f"{who}: lam has shape {tuple(given.shape)}; pass ({rows}, {rows}), one share per pair.")
         ordered = given.detach().to(z.device, z.dtype)[order][:, order]
         return lambda first, last: ordered[first:last]
-    # One number is drawn and the rest follows from it: loss and gradient ask for the same shares, and keep none.
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = _seed(generator)
     shape = torch.tensor(beta, dtype=torch.float32)
 
     def draw(first: int, last: int) -> Tensor:
@@ -259,6 +271,11 @@ def _shares(
         return a.div_(a + b).to(z.device, z.dtype)
 
     return draw
+
+
+def _seed(generator: Generator | None) -> int:
+    """One number is drawn and the rest follows from it: loss and gradient ask for the same draws, and keep none."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def _warn_of_a_small_window(who: str, labels: Tensor, windows: Windows) -> None:
