@@ -263,6 +263,11 @@ def main() -> None:
         if message := _message(error):
             errors.print(f"[red]hardmix:[/red] {escape(message)}", soft_wrap=True)
         raise SystemExit(code) from None
+    finally:
+        if "hardmix.distributed" in sys.modules:  # a launcher's ranks; a verb that never trained has not loaded torch
+            from hardmix.distributed import leave
+
+            leave()
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -16,6 +16,12 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
+def leave() -> None:
+    """Leave the default process group, if there is one, at the end of a process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def my_part(index: Tensor) -> Tensor:
     """This rank's consecutive part of `index` (N,): each entry belongs to one rank, sizes differ by at most 1."""
     rank, size = rank_and_size()
