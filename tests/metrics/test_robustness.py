@@ -372,6 +372,42 @@ def test_mixed_curve_equals_the_loop(kind):
     assert got["partner"][0] > got["partner"][1]
 
 
+def test_an_fmix_plan_shows_exactly_its_share_and_nests():
+    """The field depends on the place alone, so a larger share keeps every pixel of a smaller one."""
+    place = torch.rand((5, 2), generator=gen())
+    own, other = torch.ones(5, 1, 12, 16), torch.zeros(5, 1, 12, 16)
+    shown = [plan_at("fmix", lam, place, (12, 16), other=other).blend(own) for lam in (0.25, 0.5, 0.75)]
+    for lam, mixed in zip((0.25, 0.5, 0.75), shown, strict=True):
+        assert (mixed.mean((1, 2, 3)) == lam).all()
+        assert torch.allclose(plan_at("fmix", lam, place, (12, 16)).lam, torch.tensor(lam))
+    assert (shown[0] <= shown[1]).all()
+    assert (shown[1] <= shown[2]).all()
+    assert not torch.equal(shown[1][0], shown[1][1])
+
+
+def test_a_resizemix_plan_shows_the_whole_partner_in_its_box():
+    place = torch.tensor([[0.0, 0.0], [0.5, 0.999999]])
+    ramp = torch.linspace(0, 1, 16).expand(2, 1, 16, 16)  # dark to bright along the width
+    plan = plan_at("resizemix", 0.75, place, (16, 16), other=ramp)
+    mixed = plan.blend(torch.full((2, 1, 16, 16), 2.0))
+    assert plan.lam.tolist() == [0.75, 0.75]
+    box = mixed[0, 0, :8, :8]
+    assert (mixed[0] < 2).sum() == 64
+    assert torch.allclose(box[:, 0], torch.tensor(1 / 30))
+    assert torch.allclose(box[:, -1], torch.tensor(29 / 30))
+    assert torch.equal(mixed[0, 0, 0, 8:], torch.full((8,), 2.0))
+    assert plan_at("resizemix", 1.0, place, (16, 16), other=ramp).lam.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["fmix", "resizemix"])
+def test_masks_of_every_policy_have_a_curve(kind):
+    x, labels = data(40, classes=3, seed=5)
+    got = mixed_accuracy_curve(Bands(), x, labels, kind, lams=(0.2, 0.5, 0.8), generator=gen(2))
+    assert got["lam"] == pytest.approx([0.2, 0.5, 0.8], abs=0.05)
+    assert got["own"][0] < got["own"][2]
+    assert all(0.0 <= value <= 1.0 for value in got["both"])
+
+
 def test_mixed_curve_is_the_same_for_every_model_and_number_of_lambdas():
     x, labels = data(30)
     full = mixed_accuracy_curve(Bands(), x, labels, "cutmix", generator=gen())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardmix.train import state
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer
+from hardmix.train.log import RunLog
 from hardmix.train.loop import lr_factor, run_recipe
 from hardmix.train.recipe import Recipe
 from hardmix.train.tasks.classification import Classification
@@ -53,6 +56,47 @@ def test_nothing_of_a_step_stays_behind_on_the_cpu():
     batch = tuple(part.to("meta") for part in task.load(torch.arange(8)))
     loss, values = task.loss(task.model, batch, torch.Generator().manual_seed(0))
     assert {tensor.device.type for tensor in (loss, *values.values())} == {"meta"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(number, straight, tmp_path, monkeypatch):
+    """At every file of the second checkpoint in turn, after half of it has been written."""
+    put, files = state._put, 4  # model, optimizer, state, manifest
+    for place in range(files):
+        folder, calls = tmp_path / str(place), iter(range(10**6))
+
+        def fail(path, data, manifest, place=place, calls=calls):
+            if next(calls) == files + place:
+                path.write_bytes(data[: len(data) // 2])
+                raise OSError(number, os.strerror(number), str(path))
+            put(path, data, manifest)
+
+        monkeypatch.setattr(state, "_put", fail)
+        message = (
+            rf"the checkpoint of step 10 could not be written \({os.strerror(number)}\); the checkpoint of step 5 is "
+        )
+        with pytest.raises(RunError, match=message + r"intact: .* hardmix run --resume"):
+            run_recipe(tiny(), folder)
+        monkeypatch.undo()
+        assert [path.name for path in (folder / "checkpoints").glob("*step*")] == ["step-00000005"]
+        run_recipe(tiny(), folder, resume=True)
+        assert fingerprint(folder) == fingerprint(straight)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_in_a_sentence(straight, tmp_path, monkeypatch):
+    write, calls = RunLog._write, iter(range(10**6))
+
+    def fail(self, name, record):
+        if next(calls) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, record)
+
+    monkeypatch.setattr(RunLog, "_write", fail)
+    with pytest.raises(RunError, match=r"the log of step \d+ could not be written \(No space left on device\)"):
+        run_recipe(tiny(), tmp_path / "run")
+    monkeypatch.undo()
+    run_recipe(tiny(), tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(straight)
 
 
 def test_a_run_leaves_what_it_promises(straight):

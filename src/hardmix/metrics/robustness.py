@@ -17,9 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix.kernels.warp import resize_into_boxes
 from hardmix.metrics.classification import mixed_metrics
 from hardmix.metrics.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hardmix.mixing.draw import cpu_generator
+from hardmix.mixing.field import largest, low_frequency_field
 from hardmix.mixing.plan import MixPlan, full_box_share
 
 Model = Callable[[Tensor], Tensor]
@@ -31,7 +33,9 @@ CHUNK = 250
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 LAMS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-KINDS = ("mixup", "cutmix")
+#: of the field of "fmix", the policy's default
+FMIX_DECAY = 3.0
+KINDS = ("mixup", "cutmix", "fmix", "resizemix")
 
 
 def predict(
@@ -329,8 +333,9 @@ def plan_at(kind: str, lam: float, place: Tensor, size: Sequence[int], *, other:
     """A plan whose own share is `lam`, for rows that are mixed with the images `other`.
 
     Args:
-        kind: "mixup" or "cutmix".
-        place: (N, 2) in [0, 1): where the box is between the borders.
+        kind: "mixup"; "cutmix", a box of the partner; "resizemix", the whole partner made as small as that box; "fmix",
+            where a random field is low. The last two need `other`.
+        place: (N, 2) in [0, 1): where the box is between the borders. For "fmix" the field follows from its first row.
         size: (H, W).
     Returns:
         Plan of N rows; `plan.lam` is the share of the pixels, which for boxes is the nearest one whole pixels allow at
@@ -343,12 +348,20 @@ def plan_at(kind: str, lam: float, place: Tensor, size: Sequence[int], *, other:
     if kind == "mixup":
         return MixPlan(partner, torch.full((rows,), lam), other=other)
     height, width = size
+    if kind == "fmix":
+        draws = torch.Generator().manual_seed(int(place[0, 0].double() * 2**62))
+        field = low_frequency_field(rows, (height, width), FMIX_DECAY, "isotropic", draws)
+        keep = torch.full((rows,), round(lam * height * width))
+        mask = largest(field.flatten(1), keep).view(rows, 1, height, width).to(torch.float32)
+        return MixPlan(partner, keep / (height * width), mask, other=other)
     area = (1.0 - lam) * height * width
     tall = min(height, max(1, round(height * math.sqrt(1.0 - lam))))
     wide = min(width, round(area / tall))
     side = torch.tensor([tall, wide])
     start = (place * (torch.tensor([height, width]) - side + 1)).long()
     box = torch.stack([start, start + side], 2)  # (N, 2, 2)
+    if kind == "resizemix" and other is not None and box[0].diff(dim=1).all():
+        other = resize_into_boxes(other, partner, box)
     return MixPlan(partner, full_box_share(box, (height, width)), box=box, size=(height, width), other=other)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hardmix.metrics.robustness import KINDS
 from hardmix.report import plots
 from hardmix.report.folder import read_json
 from hardmix.report.plots import Line, Plot
@@ -68,7 +69,7 @@ def _run(stored: dict[str, Any]) -> dict[str, Any]:
         _curve_plot(
             [
                 (title_of(kind), place, _points(dig(stored, "mixed", kind), None, "lam", "both"))
-                for place, kind in enumerate(("mixup", "cutmix"), 1)
+                for place, kind in enumerate(KINDS, 1)
             ],
             BOTH,
         ),
@@ -174,7 +175,7 @@ def _comparison(stored: dict[str, Any]) -> dict[str, Any]:
     methods = [row for row in _items(stored["table"]) if isinstance(row, dict)]
     names = [visible(row.get("name"), 60) for row in methods]
     drawn = []
-    for key, words in (("occlusion", OCCLUSION), ("mixup", BOTH), ("cutmix", BOTH)):
+    for key, words in (("occlusion", OCCLUSION), *((kind, BOTH) for kind in KINDS)):
         lines = [
             (name, place, _points(dig(row, "curves", key), None, "x", "mean"))
             for place, (name, row) in enumerate(zip(names, methods, strict=True))

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,9 @@ class _Run:
             "device": _device_name(self.device),
         }
         if self.accelerator.is_main_process:
-            write_json(self.folder / "summary.json", summary)
-            _write_report(self.folder)
+            with self._writing("the summary"):
+                write_json(self.folder / "summary.json", summary)
+                _write_report(self.folder)
         self.accelerator.wait_for_everyone()
         return summary
 
@@ -274,11 +275,27 @@ class _Run:
             with self.accelerator.autocast():
                 self.validation = self.task.validate(self._eval_model(), self.device)
             if self.validation:
-                self.log.metrics({"kind": "validation", "step": self.step, "epoch": float(epoch), **self.validation})
+                with self._writing("the log"):
+                    self.log.metrics(
+                        {"kind": "validation", "step": self.step, "epoch": float(epoch), **self.validation}
+                    )
                 if improved := self.validation[self.task.score] > self.best:
                     self.best, self.best_step = self.validation[self.task.score], self.step
         if last or improved or epoch % self.recipe.train.checkpoint_every == 0:
             self._save(started)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A full disk or a lost permission ends the run in a sentence that names the last good checkpoint."""
+        try:
+            yield
+        except OSError as error:
+            steps = list_steps(self.checkpoints)
+            last = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no checkpoint yet"
+            raise RunError(
+                f"{what} of step {self.step} could not be written ({error.strerror or error}); {last}: make room or "
+                f"mend the permissions, then go on with: hardmix run --resume {self.folder}"
+            ) from None
 
     def _log_train(self, rate: float, seconds: float) -> None:
         sums = mean_over_ranks(self.sums)
@@ -286,8 +303,9 @@ class _Run:
         self.sums, self.logged = {}, self.step
         epoch = round(self.step / self.steps_per_epoch, 4)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.log.metrics({"kind": "train", "step": self.step, "epoch": epoch, **values, "lr": lr})
-        self.log.timing({"step": self.step, "images_per_s": round(rate, 1), "seconds": round(seconds, 3)})
+        with self._writing("the log"):
+            self.log.metrics({"kind": "train", "step": self.step, "epoch": epoch, **values, "lr": lr})
+            self.log.timing({"step": self.step, "images_per_s": round(rate, 1), "seconds": round(seconds, 3)})
 
     def _progress(self, values: dict[str, Tensor], rate: float) -> dict[str, Any]:
         now = {key: value.item() for key, value in values.items()}
@@ -304,6 +322,8 @@ class _Run:
         self.sums = mean_over_ranks(self.sums)
         if not self.accelerator.is_main_process:
             return
+        with self._writing("the log"):
+            position = self.log.position(self.step)
         tensors = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
         tensors["optimizer"], rest = flatten_optimizer(self.optimizer.state_dict())
         if self.ema is not None:
@@ -318,14 +338,15 @@ class _Run:
             "best": None if self.best_step is None else {"step": self.best_step, "score": self.best},
             "validation": self.validation,
             "seconds": self.seconds,
-            "log": self.log.position(self.step),
+            "log": position,
             "sums": {key: value.item() for key, value in self.sums.items()},
             "logged": self.logged,
         }
         keep = [] if self.best_step is None else [self.best_step]
-        save_checkpoint(self.checkpoints, self.step, tensors, state, keep=keep)
-        if self.best_step == self.step:
-            mark_best(self.checkpoints, self.step, self.best)
+        with self._writing("the checkpoint"):
+            save_checkpoint(self.checkpoints, self.step, tensors, state, keep=keep)
+            if self.best_step == self.step:
+                mark_best(self.checkpoints, self.step, self.best)
 
     def _restore(self, step: int) -> dict[str, int]:
         """Go to the checkpoint of a step. Returns where the logs ended then."""

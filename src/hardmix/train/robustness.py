@@ -6,7 +6,8 @@
      "occlusion": {"patch", "grid": [rows, columns], "rates": [...], "accuracy": [...]},
      "fgsm": {"epsilons": [...], "accuracy": [...]},
      "corruptions": {"severities": [1..5], "accuracy": {"gaussian-noise": [...], ...}},
-     "mixed": {"mixup" | "cutmix": {"lam": [...], "both": [...], "top2", "either", "own", "partner"}},
+     "mixed": {"mixup" | "cutmix" | "fmix" | "resizemix":
+               {"lam": [...], "both": [...], "top2", "either", "own", "partner"}},
      "calibration": {"temperature": T or null, "before": {"nll", "ece", "adaptive_ece", "reliability"},
                      "after": the same with the temperature, or null without a validation split},
      "training": {"clean", "mixed", "ceiling", "logged", "validation"},
@@ -19,7 +20,7 @@ and for a comparison, in its own folder
      "table": [{"name", "policy", "objective",
                 "measures": {key: {"mean", "low", "high", "values"}},
                 "versus_first": {key: {"difference", "low", "high", "p", "p_holm"}} or null,
-                "curves": {"occlusion" | "mixup" | "cutmix": {"x", "mean", "low", "high"}}}, ...]}
+                "curves": {"occlusion" | "mixup" | "cutmix" | ...: {"x", "mean", "low", "high"}}}, ...]}
 
 Everything that is drawn (patches, noise, pairs, boxes, the subset) has a seed of its own and not the run's, so all runs
 on a data set are asked the same questions. `training` answers why training accuracy is below validation accuracy, see
@@ -83,6 +84,8 @@ MEASURES: dict[str, Measure] = {
     "corrupted": Measure("corrupted", "mean accuracy over six kinds of damage in five strengths"),
     "mixup_both": Measure("Mixup: both", "both classes in the top two, mean over lambda from 0.1 to 0.9"),
     "cutmix_both": Measure("CutMix: both", "both classes in the top two, mean over lambda from 0.1 to 0.9"),
+    "fmix_both": Measure("FMix: both", "both classes in the top two, mean over lambda from 0.1 to 0.9"),
+    "resizemix_both": Measure("ResizeMix: both", "both classes in the top two, mean over lambda from 0.1 to 0.9"),
     "nll": Measure("NLL", "negative log-likelihood on the test split", percent=False, lower_is_better=True),
     "nll_scaled": Measure("NLL scaled", "the same after temperature scaling", percent=False, lower_is_better=True),
     "ece": Measure("ECE", "calibration error over equal-width bins", lower_is_better=True),
