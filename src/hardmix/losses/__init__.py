@@ -1,5 +1,8 @@
 """Objectives, each as a function and as a module: `criterion(model(x), target)`, `criterion(embeddings, labels)`."""
 
+from hardmix.losses.adaptive_supcon import AdaSupConLoss, adaptive_supcon_loss
+from hardmix.losses.balanced_mse import BalancedMSELoss, LabelMixture, bmc_loss, gai_loss, label_mixture
+from hardmix.losses.conr import ConRLoss, conr_loss
 from hardmix.losses.decoupled import DecoupledMixupLoss, decoupled_mixup_loss
 from hardmix.losses.decoupled_bce import (
     DecoupledMixupBCELoss,
@@ -7,19 +10,49 @@ from hardmix.losses.decoupled_bce import (
     decoupled_mixup_bce_loss,
     soft_bce_loss,
 )
+from hardmix.losses.focal_r import FocalRLoss, focal_r_loss
+from hardmix.losses.kernel_contrast import KernelContrastLoss, kernel_contrast_loss
+from hardmix.losses.label_density import FeatureSmoothing, lds_weights
+from hardmix.losses.ordinal_entropy import OrdinalEntropyLoss, ordinal_entropy_loss
+from hardmix.losses.rank_n_contrast import RankNContrastLoss, rank_n_contrast_loss
+from hardmix.losses.ranksim import RankSimLoss, ranksim_loss
+from hardmix.losses.regression import RegressionLoss, regression_loss
 from hardmix.losses.soft_cross_entropy import SoftCrossEntropyLoss, soft_cross_entropy_loss
 from hardmix.losses.supcon import SupConLoss, supcon_loss
 from hardmix.losses.supremix import SupReMixLoss, supremix_loss
 
 __all__ = [
+    "AdaSupConLoss",
+    "BalancedMSELoss",
+    "ConRLoss",
     "DecoupledMixupBCELoss",
     "DecoupledMixupLoss",
+    "FeatureSmoothing",
+    "FocalRLoss",
+    "KernelContrastLoss",
+    "LabelMixture",
+    "OrdinalEntropyLoss",
+    "RankNContrastLoss",
+    "RankSimLoss",
+    "RegressionLoss",
     "SoftBCELoss",
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SupReMixLoss",
+    "adaptive_supcon_loss",
+    "bmc_loss",
+    "conr_loss",
     "decoupled_mixup_bce_loss",
     "decoupled_mixup_loss",
+    "focal_r_loss",
+    "gai_loss",
+    "kernel_contrast_loss",
+    "label_mixture",
+    "lds_weights",
+    "ordinal_entropy_loss",
+    "rank_n_contrast_loss",
+    "ranksim_loss",
+    "regression_loss",
     "soft_bce_loss",
     "soft_cross_entropy_loss",
     "supcon_loss",

@@ -20,17 +20,19 @@ class LabelledRows(NamedTuple):
     shape: tuple[int, ...]
 
 
-def labelled_rows(who: str, embeddings: Tensor, labels: Tensor) -> LabelledRows:
+def labelled_rows(
+    who: str, embeddings: Tensor, labels: Tensor, *, name: str = "embeddings", views: bool = True
+) -> LabelledRows:
     """Check embeddings (N, D) or (N, views, D) and labels (N,), and lay them out as rows.
 
     The labels are read on the host: which rows belong together decides what is computed.
     """
-    x = _check.batch(who, "embeddings", embeddings, 2, 3)
+    x = _check.batch(who, name, embeddings, 2, 3 if views else 2)
     if not x.is_floating_point():
-        raise TypeError(f"{who}: embeddings has dtype {x.dtype}; pass floating-point values.")
+        raise TypeError(f"{who}: {name} has dtype {x.dtype}; pass floating-point values.")
     y = _check.tensor(who, "labels", labels)
-    _check.same_length(who, "labels", y, "embeddings", x.shape[0])
-    _check.same_device(who, "labels", y, "embeddings", x.device)
+    _check.same_length(who, "labels", y, name, x.shape[0])
+    _check.same_device(who, "labels", y, name, x.device)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1 or y.is_complex() or y.dtype == torch.bool:
@@ -44,9 +46,17 @@ def labelled_rows(who: str, embeddings: Tensor, labels: Tensor) -> LabelledRows:
             f"{who}: labels holds NaN or infinity at {', '.join(map(str, bad[:5]))}; leave out these samples."
         )
     shape = tuple(x.shape[:-1])
-    views = x.shape[1] if x.ndim == 3 else 1
+    times = x.shape[1] if x.ndim == 3 else 1
     z = x.movedim(-2, 0).flatten(0, 1) if x.ndim == 3 else x
-    return LabelledRows(z.to(wide(x.dtype)), y.repeat(views), shape)
+    return LabelledRows(z.to(wide(x.dtype)), y.repeat(times), shape)
+
+
+def tied(labels: Tensor, tolerance: float) -> Tensor:
+    """Labels rounded to multiples of a tolerance, so that continuous ones can be equal; 0 leaves them as they are.
+
+    Being within a tolerance would be no relation to group by: a near b and b near c says nothing of a and c.
+    """
+    return (labels / tolerance).round() * tolerance if tolerance else labels
 
 
 def unit(z: Tensor) -> Tensor:

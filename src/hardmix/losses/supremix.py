@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
-from hardmix.losses._rows import labelled_rows, reduce_anchors, unit
+from hardmix.losses._rows import labelled_rows, reduce_anchors, tied, unit
 from hardmix.mixing.draw import cpu_generator
 
 #: factor of a pair in the denominator, by its label distance in units of `label_scale`
@@ -110,7 +110,7 @@ def supremix_loss(
         _check.integer(who, "max_mixtures", max_mixtures, 1)
     cpu_generator(who, generator)
     x = labelled_rows(who, embeddings, labels)
-    y = (x.labels / label_tolerance).round() * label_tolerance if label_tolerance else x.labels
+    y = tied(x.labels, label_tolerance)
     order = y.argsort(stable=True)
     y = y[order]
     windows = label_windows(y, float(window) if mix_pos and window is not None else 0.0)
