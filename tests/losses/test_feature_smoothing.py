@@ -73,6 +73,24 @@ def test_smoothing_passes_what_it_knows_nothing_of() -> None:
     assert "label_range=(0.0, 10.0), bins=10, momentum=0.9" in repr(other)
 
 
+def test_smoothing_changes_a_spread_by_no_more_than_a_root_of_ten() -> None:
+    module, y = FeatureSmoothing(1, label_range=(0, 20), bins=20, kernel_size=39, sigma=99.0), torch.arange(40) // 2
+    z = torch.tensor([[-1.0], [1.0]]).repeat(20, 1)
+    z[20:22] *= 1000  # one wide bin among narrow ones
+    module.update(z, y)
+    gap = module(z, y)[1::2] - module(z, y)[::2]
+    want = torch.full((20, 1), 2 * 10**0.5)
+    want[10] = 2000 / 10**0.5
+    torch.testing.assert_close(gap, want)
+
+
+def test_a_variance_of_zero_everywhere_has_a_gradient() -> None:
+    module, z = FeatureSmoothing(2, label_range=(0, 3), bins=3), torch.rand(3, 2, requires_grad=True)
+    module.update(z, torch.arange(3))
+    (grad,) = torch.autograd.grad(module(z, torch.arange(3)).sum(), z)
+    assert torch.equal(grad, torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_smoothing_of_extremes_and_its_gradient(dtype: torch.dtype) -> None:
     module, y = FeatureSmoothing(3, label_range=(0, 4), bins=4), torch.arange(8) // 2

@@ -198,7 +198,7 @@ class BalancedMSELoss(nn.Module):
 
 
 def label_mixture(
-    labels: Tensor, components: int, *, max_iterations: int = 200, tolerance: float = 1e-6
+    labels: Tensor, components: int, *, max_iterations: int = 200, tolerance: float = 1e-5
 ) -> LabelMixture:
     """Fit the Gaussian mixture of the training labels that `gai_loss` needs, by expectation maximisation.
 
@@ -212,7 +212,7 @@ def label_mixture(
             fit is done there in float64, over distinct labels with their counts.
         components: K, at most the number of labels. 1 gives their mean and variance (that of the set, over N).
         max_iterations: steps at most.
-        tolerance: it stops when a step gains less than this in the mean log likelihood.
+        tolerance: it stops when a step gains no more than this in the mean log likelihood.
 
     Returns:
         LabelMixture with ascending means, on the device of the labels, in float32, or float64 for float64 labels. No
@@ -245,14 +245,16 @@ def label_mixture(
     variances = torch.full_like(means, 1 / components**2)
     last = -math.inf
     for _ in range(max_iterations):
-        joint = weights.log() - variances.log() / 2 - (x[:, None] - means).square() / (2 * variances)
-        total = joint.logsumexp(1, keepdim=True)
-        owned = (joint - total).exp() * share[:, None]
-        weights = owned.sum(0)
+        joint = (weights.log() - variances.log() / 2)[:, None] - (x - means[:, None]).square() / (
+            2 * variances[:, None]
+        )
+        total = joint.logsumexp(0)
+        owned = (joint - total).exp() * share  # (K, distinct labels)
+        weights = owned.sum(1)
         mass = weights.clamp(min=torch.finfo(torch.float64).tiny)  # a component may lose every label
-        means = (owned * x[:, None]).sum(0) / mass
-        variances = ((owned * (x[:, None] - means).square()).sum(0) / mass).clamp(min=MIN_VARIANCE)
-        likelihood = float((total[:, 0] * share).sum())
+        means = owned @ x / mass
+        variances = ((owned * (x - means[:, None]).square()).sum(1) / mass).clamp(min=MIN_VARIANCE)
+        likelihood = float(total @ share)
         if likelihood - last <= tolerance:
             break
         last = likelihood
