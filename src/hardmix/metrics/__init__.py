@@ -3,6 +3,7 @@
 from hardmix.metrics.calibration import adaptive_calibration_error, calibration_metrics, fit_temperature
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
 from hardmix.metrics.corruptions import corrupt
+from hardmix.metrics.regression import local_linearity, ordinality, regression_metrics, shot_metrics
 from hardmix.metrics.robustness import (
     corruption_accuracy,
     fgsm_accuracy,
@@ -22,11 +23,15 @@ __all__ = [
     "fgsm_accuracy",
     "fit_temperature",
     "holm",
+    "local_linearity",
     "mean_interval",
     "mixed_accuracy",
     "mixed_accuracy_curve",
     "mixed_metrics",
     "occlusion_accuracy",
+    "ordinality",
     "paired_test",
+    "regression_metrics",
     "reliability",
+    "shot_metrics",
 ]
