@@ -267,8 +267,9 @@ def recipe_keys() -> str:
     """A table of keys for the recipe itself and for each of its sections."""
     parts = [("Top level", _keys("", Recipe))]
     for name, field in Recipe.model_fields.items():
-        if _is_section(field.annotation):
-            parts.append((f"`[{name}]`", _keys(f"{name}.", field.annotation)))
+        for section in (field.annotation, *get_args(field.annotation)):
+            if _is_section(section):
+                parts.append((f"`[{name}]`", _keys(f"{name}.", section)))
     return "\n\n".join(f"### {title}\n\n{rows}" for title, rows in parts)
 
 

@@ -12,7 +12,7 @@ from hardmix.train.recipe import load_recipe, shipped
 
 
 def main() -> int:
-    at_hand = {place.entry.name for place in survey() if place.path is not None}
+    at_hand = {place.entry.name for place in survey() if place.path is not None} | {"diabetes"}
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in shipped():

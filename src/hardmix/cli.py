@@ -36,6 +36,8 @@ SMOKE = (
     "train.warmup_epochs=0",
     "train.log_every=1",
 )
+#: and for a recipe of two stages, one epoch each
+SMOKE_STAGES = ("train.epochs=2", "contrast.epochs=1")
 
 Sets = Annotated[
     list[str] | None,
@@ -102,7 +104,8 @@ def run(
         loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
-        loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else [])])
+        stages = SMOKE_STAGES if smoke and load_recipe(str(recipe)).contrast is not None else ()
+        loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else ()), *stages])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
     with _one_bar(loaded.name) as tell:
@@ -193,6 +196,8 @@ def data() -> None:
         table.add_row(escape(entry.name), escape(entry.title), count, escape(entry.license), found)
         if place.path is None:
             missing.append(place)
+    table.add_row("diabetes", "442 patients: 10 numbers to a number", "442 rows", "BSD-3-Clause", _of_sklearn())
+    table.add_row("table", "your own CSV: --set data.path=FILE --set data.target=COLUMN", "", "yours", "")
     console.print(table)
     for place in missing:
         console.print(f"\n[bold]{escape(place.entry.name)}[/bold]: {escape(place.get)}", soft_wrap=True)
@@ -200,13 +205,20 @@ def data() -> None:
             console.print(f"  looked in {escape(', '.join(place.looked))}", soft_wrap=True)
 
 
+def _of_sklearn() -> str:
+    from importlib.util import find_spec
+
+    return "[green]the installed package sklearn[/green]" if find_spec("sklearn") else "no"
+
+
 @app.command("list")
 def list_names() -> None:
     """Recipes that come with the package, and the names that a recipe may use."""
     from hardmix import tables
     from hardmix.data.catalog import CATALOG
+    from hardmix.data.tables import TABLES
     from hardmix.models.build import MODELS
-    from hardmix.train.recipe import read_toml, shipped
+    from hardmix.train.recipe import TABLE_MODELS, read_toml, shipped
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("recipe")
@@ -219,6 +231,11 @@ def list_names() -> None:
         "objectives": tables.OBJECTIVES,
         "models": [*MODELS, "timm/NAME"],
         "data sets": CATALOG,
+        "for regression, policies": tables.REGRESSION_POLICIES,
+        "objectives of the head": tables.REGRESSION_OBJECTIVES,
+        "objectives of the pre-training": tables.CONTRASTS,
+        "models of tables": TABLE_MODELS,
+        "tables": TABLES,
     }.items():
         console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
 
@@ -364,7 +381,9 @@ def _columns() -> list[Any]:
 
 
 def _note(event: dict[str, Any]) -> str:
-    return f"loss {event['loss']:.3f} acc {event['accuracy']:.3f} {event['images_per_s']:,.0f} images/s"
+    accuracy = f" acc {event['accuracy']:.3f}" if "accuracy" in event else ""
+    what = "images" if accuracy else "rows"
+    return f"loss {event['loss']:.3f}{accuracy} {event['images_per_s']:,.0f} {what}/s"
 
 
 @contextmanager
@@ -410,14 +429,17 @@ def _many_bars(labels: list[str]) -> Iterator[Any]:
 
 def _print_summary(summary: dict[str, Any]) -> None:
     _print_metrics(
-        summary["test"], f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test images"
+        summary["test"],
+        f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test "
+        + ("rows" if summary["task"] == "regression" else "images"),
     )
 
 
 #: what the tables call a metric; rates are shown in per cent
 TITLES = {
     "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "mixup_both": "both in Mixup %",
-    "cutmix_both": "both in CutMix %",
+    "cutmix_both": "both in CutMix %", "mae": "MAE", "rmse": "RMSE", "gm": "GM", "r2": "R2", "pearson": "Pearson",
+    "spearman": "Spearman", "ordinality": "ordinality", "local_linearity": "non-linearity",
 }  # fmt: skip
 
 
@@ -445,19 +467,24 @@ def _print_comparison(result: dict[str, Any]) -> None:
         console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
         return
     console.print(f"Mean over {seeds} seeds with 95 % interval.")
-    console.print(f"Top-1 against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
-    _print_tests([(row["name"], row["versus_first"]["top1"]) for row in result["table"][1:]])
-    shown = [("top1", "Top-1"), ("cutmix_both", "Both classes of half-and-half CutMix images")]
-    for metric, title in shown if result["twins"] else ():
-        console.print(f"{title}, same policy with another objective:")
-        _print_tests([(f"{t['name']} against {t['base']}", t["tests"][metric]) for t in result["twins"]])
+    key = result["metrics"][0]
+    title = TITLES[key].removesuffix(" %").capitalize() if TITLES[key].endswith("%") else TITLES[key]
+    console.print(f"{title} against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
+    _print_tests([(row["name"], row["versus_first"][key]) for row in result["table"][1:]], key)
+    told = {key: title, "cutmix_both": "Both classes of half-and-half CutMix images"}
+    for metric, title in told.items() if result["twins"] else ():
+        if metric in result["metrics"]:
+            console.print(f"{title}, same policy with another objective:")
+            tests = [(f"{t['name']} against {t['base']}", t["tests"][metric]) for t in result["twins"]]
+            _print_tests(tests, metric)
 
 
-def _print_tests(tests: list[tuple[str, dict[str, Any]]]) -> None:
+def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
+    factor, unit = (100, " points") if TITLES[metric].endswith("%") else (1, "")
     for name, test in tests:
-        difference = f"{100 * test['difference']:+.2f} points"
-        interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
+        difference = f"{factor * test['difference']:+.2f}{unit}"
+        interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
         table.add_row(f"  {escape(name)}", difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})")
     console.print(table)
 

@@ -29,3 +29,19 @@ OBJECTIVES: dict[str, type] = {
     "soft-bce": losses.SoftBCELoss,
     "decoupled-mixup-bce": losses.DecoupledMixupBCELoss,
 }
+
+#: Policies that pair by labels that are numbers.
+REGRESSION_POLICIES: dict[str, type] = {"c-mixup": mixing.CMixup}
+
+#: Objectives of a regression model's head.
+REGRESSION_OBJECTIVES: dict[str, type] = {
+    "regression": losses.RegressionLoss,
+    "focal-r": losses.FocalRLoss,
+}
+
+#: Objectives that pre-train a regression model's encoder.
+CONTRASTS: dict[str, type] = {
+    "supremix": losses.SupReMixLoss,
+    "supcon": losses.SupConLoss,
+    "rank-n-contrast": losses.RankNContrastLoss,
+}

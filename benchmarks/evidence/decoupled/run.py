@@ -23,10 +23,11 @@ from typing import Any
 
 from groups import groups
 
-from hardmix.train.compare import METRICS, compare, default_workers, plan_jobs
+from hardmix.train.compare import compare, default_workers, plan_jobs
 from hardmix.train.errors import Interrupted
 from hardmix.train.loop import read_summary
 from hardmix.train.recipe import Recipe
+from hardmix.train.tasks import TASKS
 
 HERE = Path(__file__).parent
 
@@ -61,9 +62,10 @@ def write_results(name: str, recipes: list[Recipe], seeds: list[int], out: Path,
     folder.mkdir(exist_ok=True)
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "seed", *METRICS, "ms_per_step"])
+        metrics = TASKS["classification"].metrics
+        writer.writerow(["method", "seed", *metrics, "ms_per_step"])
         for (method, seed), run in runs.items():
-            values = [f"{run['test'][metric]:.6f}" for metric in METRICS]
+            values = [f"{run['test'][metric]:.6f}" for metric in metrics]
             writer.writerow([method, seed, *values, f"{1000 * run['seconds']['per_step']:.3f}"])
     first = runs[recipes[0].name, finished[0]]
     about = {"command": command, "seeds": finished, "versions": first["versions"], "device": first["device"]}

@@ -23,6 +23,7 @@ from hardmix.report.text import (
     show,
     show_difference,
     show_range,
+    things_of,
     title_of,
     visible,
 )
@@ -72,7 +73,8 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "facts": _facts(comparison),
         "notes": comparison.notes,
         "metrics": columns,
-        "groups": _groups(comparison.metrics),
+        "groups": _groups(comparison.metrics, _things(comparison)),
+        "things": _things(comparison),
         "methods": methods,
         "twins": [_twin(comparison, twin) for twin in comparison.twins],
         "corrected": any(v.adjusted is not None for m in comparison.methods for v in m.versus.values()),
@@ -96,13 +98,18 @@ def _column(key: str, lower: bool) -> Column:
     return Column(known.label, known.about, lower)
 
 
-def _groups(metrics: list[str]) -> list[Group]:
+def _things(comparison: Comparison) -> str:
+    """What the first run that is there was tested on: images or rows."""
+    return things_of(next((row.folder.summary for row in comparison.rows if row.folder is not None), None))
+
+
+def _groups(metrics: list[str], things: str) -> list[Group]:
     """Clean and mixed test images apart; with many metrics on mixed ones, each policy of its own."""
     groups: list[Group] = []
     many = sum(map(is_mixed, metrics)) > 4
     for i, key in enumerate(metrics):
         policy = f" by {title_of(key.rpartition('_')[0])}" if many else ""
-        title = f"Hard samples: test images mixed half and half{policy}" if is_mixed(key) else "Test images"
+        title = f"Hard samples: test images mixed half and half{policy}" if is_mixed(key) else f"Test {things}"
         if groups and groups[-1].title == title:
             groups[-1] = groups[-1]._replace(stop=i + 1)
         else:
@@ -164,8 +171,8 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("methods", count(len(comparison.methods))),
         ("seeds", count(len(comparison.seeds))),
         ("data", dig(summary, "data", "name")),
-        ("training images", _counted(dig(summary, "data", "train"))),
-        ("test images", _counted(dig(summary, "data", "test"))),
+        (f"training {things_of(summary)}", _counted(dig(summary, "data", "train"))),
+        (f"test {things_of(summary)}", _counted(dig(summary, "data", "test"))),
         ("model", dig(summary, "model", "name")),
     ]
     return [(label, visible(value)) for label, value in pairs if value is not None]
@@ -276,6 +283,7 @@ def _curves(comparison: Comparison) -> list[tuple[Plot, str]]:
     drawn = []
     for kind, key, label, percent, caption in (
         ("validation", "top1", "validation top-1", True, "Validation top-1."),
+        ("validation", "mae", "validation MAE", False, "Validation mean absolute error."),
         (
             "train",
             "accuracy",

@@ -75,7 +75,7 @@ def read_run(path: Path) -> RunFolder:
         recipe=recipe,
         train=_curve(lines, "train"),
         validation=_curve(lines, "validation"),
-        gallery=_read_gallery(path / "gallery.safetensors", notes),
+        gallery=None if summary.get("task") == "regression" else _read_gallery(path / "gallery.safetensors", notes),
         notes=notes,
     )
 

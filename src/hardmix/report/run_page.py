@@ -13,7 +13,7 @@ from hardmix.report.folder import MAX_SAMPLES, RunFolder
 from hardmix.report.plots import Line, Plot
 from hardmix.report.robustness_plots import section
 from hardmix.report.samples import samples
-from hardmix.report.text import MIXED, count, dig, duration, metric, number, plain, show, title_of, visible
+from hardmix.report.text import MIXED, count, dig, duration, metric, number, plain, show, things_of, title_of, visible
 from hardmix.report.verdict import run_verdict
 
 #: Width of the learning curves in CSS pixels: two stand side by side.
@@ -50,7 +50,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     if isinstance(diagram, dict):
         alt = f"Reliability diagram over 15 bins of confidence; calibration error {show('ece', test.get('ece'))}."
         reliability = plots.reliability(diagram, alt)
-    if test and reliability is None:
+    if test and reliability is None and "scatter" not in summary:
         notes.append("The summary holds no reliability diagram.")
     return {
         "title": summary.get("name") or run.path.name or "run",
@@ -125,13 +125,19 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         drawn.append((plot, f"Blue: validation top-1. Grey: {caption}."))
     for curve, key, label, caption in (
         (run.validation, "nll", "validation NLL", "Validation negative log-likelihood."),
+        (run.validation, "mae", "validation MAE", "Validation mean absolute error."),
         (run.train, "lr", "learning rate", "Learning rate."),
     ):
         x, y = plots.thin(curve, key)
         if x:
             alt = f"{caption[:-1]}, from {plain(y[0], 3)} to {plain(y[-1], 3)}."
             drawn.append((plots.curves([Line(x, y, 1)], alt, y_label=label, zero=key == "lr", width=WIDE), caption))
-    return drawn
+    scatter = plots.truth(dig(run.summary, "scatter"), WIDE)
+    return (
+        drawn
+        if scatter is None
+        else [(scatter, "Prediction against truth on test rows; on the line they agree."), *drawn]
+    )
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -139,7 +145,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     train = number(dig(summary, "data", "train"))
     pairs = [
         ("data", _text(dig(summary, "data", "name"))),
-        ("training images", None if train is None else count(train)),
+        (f"training {things_of(summary)}", _known(train, count)),
         ("model", _text(dig(summary, "model", "name"))),
         ("parameters", _known(number(dig(summary, "model", "parameters")), count)),
         ("seed", _text(summary.get("seed"))),
@@ -151,12 +157,13 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = {key: number(dig(summary, "seconds", key)) for key in ("test", "total", "per_step")}
     memory = number(summary.get("memory_mb"))
+    things = things_of(summary)
     pairs = [
         ("policy", title_of(summary.get("policy")) if summary else None),
         ("objective", title_of(summary.get("objective")) if summary.get("objective") else None),
         ("task", _text(summary.get("task"))),
-        ("validation images", _known(number(dig(summary, "data", "validation")), count)),
-        ("test images", _known(number(dig(summary, "data", "test")), count)),
+        (f"validation {things}", _known(number(dig(summary, "data", "validation")), count)),
+        (f"test {things}", _known(number(dig(summary, "data", "test")), count)),
         ("classes", count(len(class_names(summary))) if class_names(summary) else None),
         ("data source", _text(dig(summary, "data", "source"))),
         ("data licence", _text(dig(summary, "data", "license"))),

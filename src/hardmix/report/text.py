@@ -33,6 +33,19 @@ METRICS = {
         percent=True,
         lower_is_better=True,
     ),
+    "mae": Metric("MAE", "mean absolute error, in the target's unit", lower_is_better=True),
+    "rmse": Metric("RMSE", "root of the mean squared error, in the target's unit", lower_is_better=True),
+    "gm": Metric("GM", "geometric mean of the absolute errors: small where most are small", lower_is_better=True),
+    "r2": Metric("R2", "share of the variance of the target that is explained"),
+    "pearson": Metric("Pearson", "linear correlation of prediction and truth"),
+    "spearman": Metric("Spearman", "rank correlation of prediction and truth"),
+    "ordinality": Metric("ordinality", "rank correlation of distances between features with distances in the target"),
+    "local_linearity": Metric(
+        "non-linearity",
+        "distance of features from the straight line between those of the next lower and higher target, "
+        "in distances to these",
+        lower_is_better=True,
+    ),
 }
 
 #: Endings of the metrics on mixed test images, whose names start with the policy that mixed them.
@@ -59,6 +72,14 @@ TITLES = {
     "decoupled-mixup-bce": "Decoupled Mixup (BCE)",
     "soft-cross-entropy": "cross-entropy",
     "soft-bce": "BCE",
+    "c-mixup": "C-Mixup",
+    "l1": "L1",
+    "l2": "L2",
+    "huber": "Huber",
+    "focal-r": "Focal-R",
+    "supremix": "SupReMix",
+    "supcon": "SupCon",
+    "rank-n-contrast": "Rank-N-Contrast",
 }
 
 
@@ -114,9 +135,18 @@ def title_of(name: Any) -> str:
     return TITLES.get(name, name) if isinstance(name, str) else "no mixing" if name is None else str(name)
 
 
+def things_of(summary: Any) -> str:
+    """What a run's data set is made of."""
+    return "rows" if dig(summary, "task") == "regression" else "images"
+
+
 def method_title(policy: Any, objective: Any) -> str:
     """'Mixup with Decoupled Mixup'."""
-    title = f"{title_of(policy)} with {title_of(objective)}" if objective else title_of(policy)
+    # Two stages, two objectives: "supremix + l1".
+    losses = (
+        " and ".join(title_of(part) for part in objective.split(" + ")) if isinstance(objective, str) else objective
+    )
+    title = f"{title_of(policy)} with {losses}" if objective else title_of(policy)
     return title[:1].upper() + title[1:]
 
 

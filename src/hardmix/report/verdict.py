@@ -18,6 +18,7 @@ from hardmix.report.text import (
     show,
     show_difference,
     show_range,
+    things_of,
     title_of,
     visible,
 )
@@ -37,8 +38,10 @@ def run_verdict(run: RunFolder) -> list[Markup]:
     if not keys:
         return [_unfinished(run, title)]
     key = "top1" if "top1" in keys else keys[0]
-    sentence = Markup("<b>{}</b> reached {} {} on {} test images").format(
-        visible(title), show(key, number(test[key]), 1), visible(metric(key).label), count(dig(summary, "data", "test"))
+    things = things_of(summary)
+    value, size = show(key, number(test[key]), 1), count(dig(summary, "data", "test"))
+    sentence = Markup("<b>{}</b> reached {} {} on {} test {}").format(
+        visible(title), value, visible(metric(key).label), size, things
     )
     data = dig(summary, "data", "name")
     sentence += Markup(" of {}.").format(name_of(data)) if data is not None else Markup(".")

@@ -23,15 +23,12 @@ from hardmix.train.files import write_json
 from hardmix.train.loop import read_summary, run_recipe
 from hardmix.train.recipe import Recipe
 from hardmix.train.stop import follow_parent
+from hardmix.train.tasks import TASKS
 
 #: told about runs: (run number, what the loop reports; {"done": True} at the end)
 Watch = Callable[[int, dict[str, Any]], None]
 
 GO_ON = "stopped; finished runs are kept, the same command goes on with the others."
-
-#: what the table shows first, and which way is better
-METRICS = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
-LOWER_IS_BETTER = ("nll", "ece")
 
 
 class Job(NamedTuple):
@@ -47,6 +44,8 @@ def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RunError(f"two recipes are called {', '.join(twice)}; give each a name of its own with name = ... .")
+    if len({recipe.task for recipe in recipes}) > 1:
+        raise RunError("recipes of several tasks have no measure in common; compare those of one task.")
     return [Job(r.with_seed(seed), out / r.name / f"seed-{seed}") for seed in seeds for r in recipes]
 
 
@@ -111,26 +110,27 @@ def summarise(
         return [summaries[recipe.name, seed]["test"][metric] for seed in seeds]
 
     first = recipes[0]
+    metrics = TASKS[first.task].metrics
     table = []
     for recipe in recipes:
         summary = summaries[recipe.name, seeds[0]]
         row: dict[str, Any] = {key: summary[key] for key in ("policy", "objective")} | {"name": recipe.name}
         row["metrics"] = {
-            m: mean_interval(values(recipe, m))._asdict() | {"values": values(recipe, m)} for m in METRICS
+            m: mean_interval(values(recipe, m))._asdict() | {"values": values(recipe, m)} for m in metrics
         }
         row["seconds_per_step"] = mean_interval(
             [summaries[recipe.name, seed]["seconds"]["per_step"] for seed in seeds]
         )._asdict()
         row["versus_first"] = None
         if recipe is not first and len(seeds) > 1:
-            row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in METRICS}
+            row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in metrics}
         table.append(row)
     _correct([row["versus_first"] for row in table if row["versus_first"]])
     twins: list[dict[str, Any]] = [
         {
             "name": other.name,
             "base": base.name,
-            "tests": {m: paired_test(values(other, m), values(base, m))._asdict() for m in METRICS},
+            "tests": {m: paired_test(values(other, m), values(base, m))._asdict() for m in metrics},
         }
         for base, other in objective_twins(recipes)
         if len(seeds) > 1 and base is not first
@@ -148,8 +148,8 @@ def summarise(
     return {
         "title": title or " / ".join(recipe.name for recipe in recipes),
         "command": command,
-        "metrics": list(METRICS),
-        "lower_is_better": list(LOWER_IS_BETTER),
+        "metrics": list(metrics),
+        "lower_is_better": list(TASKS[first.task].lower_is_better),
         "seeds": seeds,
         "runs": runs,
         "table": table,
@@ -173,7 +173,7 @@ def objective_twins(recipes: list[Recipe]) -> list[tuple[Recipe, Recipe]]:
 
 def _correct(tests: list[dict[str, Any]]) -> None:
     """Several tests of one kind: Holm's correction keeps the chance of any false alarm at 5 %."""
-    for metric in METRICS:
+    for metric in tests[0] if tests else ():
         for test, p in zip(tests, holm([test[metric]["p"] for test in tests]), strict=True):
             test[metric]["p_holm"] = p
 

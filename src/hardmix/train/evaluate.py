@@ -11,13 +11,12 @@ from torch import nn
 from hardmix.train.recipe import load_recipe
 from hardmix.train.state import load_checkpoint, match_shapes
 from hardmix.train.tasks import TASKS
-from hardmix.train.tasks.classification import Classification
 
 
 class LoadedRun(NamedTuple):
     """A trained run: its task with a checkpoint's weights, the model in evaluation mode on its device, the step."""
 
-    task: Classification
+    task: Any  # one of TASKS
     model: nn.Module
     device: torch.device
     step: int

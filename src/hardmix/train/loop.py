@@ -125,6 +125,8 @@ class _Run:
                 f"train.batch_size is {self.batch_size}, but {accelerator.num_processes} processes x "
                 f"{recipe.train.accumulate} parts need at least {smallest}; make it larger."
             )
+        if recipe.contrast is not None and accelerator.num_processes > 1:
+            raise RunError("a recipe with a contrast section trains in one process; start it without a launcher.")
         self.steps_per_epoch = self.task.num_train // self.batch_size
         self.steps = self.steps_per_epoch * recipe.train.epochs
         self.step, self.seconds = 0, 0.0
@@ -229,7 +231,7 @@ class _Run:
         train, rank = self.recipe.train, self.accelerator.process_index
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * lr_factor(step, self.steps, round(train.warmup_epochs * self.steps_per_epoch))
+            group["lr"] = self._lr(step)
         self.task.start_step(step / self.steps)
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, rank))
         totals: dict[str, Tensor] = {}
@@ -252,6 +254,17 @@ class _Run:
         if self.ema is not None:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
         return totals
+
+    def _lr(self, step: int) -> float:
+        """Each stage of a run warms up and falls to 0 by itself."""
+        train, contrast = self.recipe.train, self.recipe.contrast
+        warmup = round(train.warmup_epochs * self.steps_per_epoch)
+        if contrast is None:
+            return train.lr * lr_factor(step, self.steps, warmup)
+        first = contrast.epochs * self.steps_per_epoch
+        if step < first:
+            return train.lr * lr_factor(step, first, warmup)
+        return contrast.head_lr * lr_factor(step - first, self.steps - first, warmup)
 
     def _not_finite(self, step: int, index: Tensor, batch: tuple[Tensor, ...], loss: float) -> str:
         """Who is to blame: the images, the weights, or the step itself."""
@@ -279,8 +292,8 @@ class _Run:
                     self.log.metrics(
                         {"kind": "validation", "step": self.step, "epoch": float(epoch), **self.validation}
                     )
-                if improved := self.validation[self.task.score] > self.best:
-                    self.best, self.best_step = self.validation[self.task.score], self.step
+                if improved := self.task.sign * self.validation[self.task.score] > self.best:
+                    self.best, self.best_step = self.task.sign * self.validation[self.task.score], self.step
         if last or improved or epoch % self.recipe.train.checkpoint_every == 0:
             self._save(started)
 

@@ -28,8 +28,10 @@ from pydantic import (
 from hardmix import tables
 from hardmix._check import did_you_mean
 from hardmix.data.catalog import CATALOG
+from hardmix.data.tables import TABLES
 from hardmix.data.views import MOVES, PAINTS
 from hardmix.models.build import MODELS, model_options
+from hardmix.models.mlp import TableNet
 from hardmix.train.errors import RecipeError
 
 try:
@@ -37,6 +39,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
+#: Backbones of tables; those of images are in `hardmix.models.build`.
+TABLE_MODELS: dict[str, type] = {"mlp": TableNet}
 #: Recipes are written by hand; anything larger is another file passed by mistake.
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -78,11 +82,14 @@ class DataSection(_Section):
     )
     workers: int = Field(0, ge=0, le=64, description="processes that read and decode images")
     on_error: Literal["raise", "skip"] = Field("raise", description="what to do with images that can't be read")
+    target: str = Field("", description="column of a table that is predicted")
+    test: Float = Field(0.2, gt=0.0, lt=1.0, description="share of a table's rows to test on, drawn by the seed")
+    missing: Literal["error", "mean", "drop"] = Field("error", description="what to do with empty cells of a table")
 
     @field_validator("name")
     @classmethod
     def _in_catalogue(cls, value: str) -> str:
-        _entry("data set", value, CATALOG)
+        _entry("data set", value, {**CATALOG, **dict.fromkeys(TABLES)})
         return value
 
     @field_validator("augment")
@@ -103,13 +110,15 @@ class ModelSection(_Section):
     @classmethod
     def _is_a_model(cls, value: str) -> str:
         if not value.startswith("timm/"):
-            _entry("model", value, MODELS)
+            _entry("model", value, {**MODELS, **TABLE_MODELS})
         return value
 
     @field_validator("options")
     @classmethod
     def _fit_the_model(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("name", "")
+        if name in TABLE_MODELS:
+            _check_options("model", name, [key for key in _parameters(TABLE_MODELS[name]) if key != "inputs"], value)
         if name in MODELS:
             _check_options("model", name, [*model_options(name), "checkpoint"], value)
         return value
@@ -134,6 +143,27 @@ class TrainSection(_Section):
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
 
 
+class ContrastSection(_Section):
+    objective: Component = Field(description="contrastive objective and its settings")
+    epochs: int = Field(ge=1, description="of the epochs, how many pre-train the encoder; the rest train the head")
+    labels: Literal["standardized", "raw"] = Field(
+        "standardized",
+        description="what the settings count in: standard deviations, or the own unit",
+    )
+    noise: Float = Field(0.1, ge=0.0, description="standard deviation of the noise that makes the two views of a row")
+    probe: Literal["linear", "finetune"] = Field("linear", description="train the head alone afterwards, or all")
+    head_lr: Float = Field(0.01, gt=0.0, description="learning rate of the second stage")
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _known(cls, value: Component) -> Component:
+        try:
+            build_contrast(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
 class EvalSection(_Section):
     every: int = Field(1, ge=1, description="epochs between two evaluations")
     batch_size: int = Field(500, ge=1, description="images that are evaluated at once")
@@ -147,7 +177,7 @@ class Recipe(_Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="up to 80 letters, digits, dots, dashes, underscores"
     )
     about: str = Field("", description="one line for `hardmix list`")
-    task: Literal["classification"] = Field("classification", description="kind of target")
+    task: Literal["classification", "regression"] = Field("classification", description="kind of target")
     seed: int = Field(0, ge=0, lt=2**31, description="what all random numbers of the run follow from")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -155,6 +185,7 @@ class Recipe(_Section):
     objective: Component = Field(
         default_factory=lambda: Component(name="soft-cross-entropy"), description="objective and its settings"
     )
+    contrast: ContrastSection | None = Field(None, description="pre-training by contrast, for regression")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
 
@@ -183,6 +214,23 @@ class Recipe(_Section):
                 f"train.warmup_epochs is {self.train.warmup_epochs:g} but train.epochs is {self.train.epochs}; "
                 "the learning rate would never come down: set a smaller warm-up, 0 is fine"
             )
+        table = self.data.name in TABLES
+        if (self.task == "regression") != table:
+            raise ValueError(f'task is "{self.task}" but data.name is "{self.data.name}"; tables are for regression')
+        if (self.model.name in TABLE_MODELS) != table:
+            raise ValueError(f'model.name is "{self.model.name}" but data.name is "{self.data.name}"; it does not fit')
+        if self.objective.name not in (tables.REGRESSION_OBJECTIVES if table else tables.OBJECTIVES):
+            raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
+        if self.policy is not None and self.policy.name in tables.REGRESSION_POLICIES and not table:
+            raise ValueError(f'policy "{self.policy.name}" pairs by numbers; it is for regression')
+        if self.contrast is not None:
+            if not table:
+                raise ValueError("contrast is a section of regression recipes; leave it out")
+            if self.contrast.epochs >= self.train.epochs:
+                raise ValueError(
+                    f"contrast.epochs is {self.contrast.epochs} but train.epochs is {self.train.epochs}; "
+                    "leave some for the head"
+                )
         return self
 
     def to_toml(self) -> str:
@@ -194,7 +242,7 @@ class Recipe(_Section):
 
 def build_policy(component: Component, model: Any) -> Any:
     """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built."""
-    cls = _entry("policy", component.name, tables.POLICIES)
+    cls = _entry("policy", component.name, {**tables.POLICIES, **tables.REGRESSION_POLICIES})
     options = component.options
     _check_options("policy", component.name, _parameters(cls), options)
     if component.name == "random-choice":
@@ -212,13 +260,23 @@ def build_policy(component: Component, model: Any) -> Any:
 
 def build_objective(component: Component) -> Any:
     """The objective that a recipe names."""
-    cls = _entry("objective", component.name, tables.OBJECTIVES)
+    cls = _entry("objective", component.name, {**tables.OBJECTIVES, **tables.REGRESSION_OBJECTIVES})
     if component.options.get("reduction", "mean") != "mean":
         raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
     _check_options("objective", component.name, _parameters(cls), component.options)
     options = component.options
     if isinstance(options.get("weight"), list):
         options["weight"] = torch.tensor(options["weight"], dtype=torch.float32)
+    return cls(**options)
+
+
+def build_contrast(component: Component) -> Any:
+    """The contrastive objective that a recipe names."""
+    cls = _entry("contrastive objective", component.name, tables.CONTRASTS)
+    _check_options("contrastive objective", component.name, _parameters(cls), component.options)
+    options = component.options
+    if isinstance(options.get("beta"), list):
+        options["beta"] = tuple(options["beta"])
     return cls(**options)
 
 

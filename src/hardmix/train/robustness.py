@@ -59,6 +59,7 @@ from hardmix.train.evaluate import LoadedRun, load_run
 from hardmix.train.files import write_json
 from hardmix.train.seeds import derive, generator
 from hardmix.train.state import best_step, list_steps
+from hardmix.train.tasks import Classification
 
 FORMAT = 1
 FILE = "robustness.json"
@@ -118,6 +119,8 @@ def robustness_of_run(
     if keep and (known := _known(folder, checkpoint, samples)) is not None:
         return known
     run = load_run(folder, checkpoint, data_path)
+    if not isinstance(run.task, Classification):
+        raise ValueError(f"robustness: {folder} holds a {run.task.recipe.task} run; it is measured for image classes.")
     recipe, data = run.task.recipe, run.task.data
     model = _OnPixels(run).eval()
     images, labels = _subset(run.task.test_set, samples)

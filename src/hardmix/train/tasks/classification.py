@@ -27,7 +27,12 @@ GALLERY = 8
 class Classification:
     """Data, model, policy and objective of one recipe, and what one step and one evaluation do with them."""
 
-    score = "top1"  # larger is better: picks the best checkpoint
+    #: what a comparison shows first, and which way is better
+    metrics = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
+    lower_is_better = ("nll", "ece")
+    #: picks the best checkpoint; larger is better
+    score = "top1"
+    sign = 1.0
 
     def __init__(self, recipe: Recipe, *, pretrained: bool = True) -> None:
         """`pretrained=False` leaves out the model's `checkpoint` option, for weights that are loaded afterwards."""

@@ -1,0 +1,190 @@
+"""The regression task: trained directly and in two stages, resumed anywhere, compared, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hardmix.train.compare import compare
+from hardmix.train.errors import RecipeError, RunError
+from hardmix.train.evaluate import evaluate_run, load_run
+from hardmix.train.loop import run_recipe
+from hardmix.train.recipe import Recipe, check_recipe, load_recipe, shipped
+from hardmix.train.tasks.regression import Regression
+
+from .conftest import fingerprint
+from .test_loop import interrupted
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "task": "regression",
+    "data": {"name": "diabetes", "train_samples": 96, "validation": 0.1},
+    "model": {"name": "mlp", "options": {"width": 16}},
+    "objective": {"name": "regression", "kind": "l1"},
+    "train": {"epochs": 6, "batch_size": 32, "optimizer": "adamw", "lr": 3e-3, "warmup_epochs": 0.5, "threads": 1}
+    | {"device": "cpu", "log_every": 2},
+}
+CONTRAST = {"epochs": 3, "objective": {"name": "supremix", "window": 0.5}}
+
+
+def small(**sections: Any) -> Recipe:
+    table = {key: dict(value) if isinstance(value, dict) else value for key, value in SMALL.items()}
+    for key, value in sections.items():
+        table[key] = table[key] | value if isinstance(table.get(key), dict) and isinstance(value, dict) else value
+    table["objective"] = {key: value for key, value in table["objective"].items() if value is not None}
+    return check_recipe({key: value for key, value in table.items() if value is not None}, "small")
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    run_recipe(small(contrast=CONTRAST), folder)
+    return folder
+
+
+def test_a_run_measures_the_target_in_its_own_unit(two_stages) -> None:
+    summary = json.loads((two_stages / "summary.json").read_text())
+    assert summary["objective"] == "supremix + l1"
+    assert summary["data"] | {"source": "", "license": ""} == {
+        "name": "diabetes", "train": 96, "validation": 44, "test": 88, "features": 10, "target": "progression",
+        "source": "", "license": "",
+    }  # fmt: skip
+    scatter = summary["scatter"]
+    errors = [abs(p - y) for p, y in zip(scatter["prediction"], scatter["label"], strict=True)]
+    assert summary["test"]["mae"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert min(scatter["label"]) >= 25
+    assert max(scatter["label"]) <= 346
+    page = (two_stages / "report.html").read_text()
+    assert "on 88 test rows" in page
+    assert "Prediction against truth" in page
+    assert "no reliability diagram" not in page
+
+
+def test_stage_one_trains_the_encoder_and_stage_two_the_head(tmp_path) -> None:
+    weights = {}
+    for epochs in (3, 6):
+        recipe = small(contrast=CONTRAST, train={"epochs": epochs + (epochs == 3)})
+        run_recipe(recipe, tmp_path / str(epochs))
+        weights[epochs] = load_run(tmp_path / str(epochs)).model.state_dict()
+    task = Regression(small(contrast=CONTRAST))
+    fresh, trained = task.model.state_dict(), weights[6]
+    assert not torch.equal(fresh["encoder.0.weight"], trained["encoder.0.weight"])
+    assert not torch.equal(fresh["head.weight"], trained["head.weight"])
+    # One epoch of the head or three: the encoder is what stage 1 made of it.
+    assert torch.equal(weights[3]["encoder.0.weight"], trained["encoder.0.weight"])
+    assert not torch.equal(weights[3]["head.weight"], trained["head.weight"])
+
+
+def test_finetuning_moves_the_encoder_too(tmp_path) -> None:
+    for probe in ("linear", "finetune"):
+        run_recipe(small(contrast={**CONTRAST, "probe": probe}), tmp_path / probe)
+    first, second = (load_run(tmp_path / probe).model.state_dict() for probe in ("linear", "finetune"))
+    assert not torch.equal(first["encoder.0.weight"], second["encoder.0.weight"])
+
+
+@pytest.mark.parametrize("step", [4, 9, 14], ids=["in stage one", "between the stages", "in stage two"])
+def test_resuming_is_bit_exact(step, two_stages, tmp_path, monkeypatch) -> None:
+    recipe = small(contrast=CONTRAST)
+    interrupted(recipe, tmp_path / "run", step, monkeypatch)
+    run_recipe(recipe, tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(two_stages)
+
+
+def test_label_statistics_come_from_the_checkpoint(two_stages) -> None:
+    run = load_run(two_stages)
+    labels = run.task.table.labels[run.task.rows["train"]].double()
+    assert float(run.task.scale.mean) == pytest.approx(labels.mean().item(), rel=1e-6)
+    assert float(run.task.scale.std) == pytest.approx(labels.std(correction=0).item(), rel=1e-6)
+    summary = json.loads((two_stages / "summary.json").read_text())
+    assert evaluate_run(two_stages)["test"] == summary["test"]
+
+
+def test_the_best_checkpoint_is_the_one_of_the_smallest_error(tmp_path) -> None:
+    run_recipe(small(train={"epochs": 12, "lr": 0.1}, eval={"checkpoint": "best"}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    errors = {line["step"]: line["mae"] for line in lines if line["kind"] == "validation"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["checkpoint"]["step"] == min(errors, key=errors.__getitem__)
+
+
+@pytest.mark.parametrize("objective", ["supcon", "rank-n-contrast", "supremix"])
+def test_every_contrast_trains(objective, tmp_path) -> None:
+    settings = {"window": 0.5} if objective == "supremix" else {}
+    summary = run_recipe(small(contrast={"epochs": 2, "objective": {"name": objective, **settings}}), tmp_path / "run")
+    assert summary["test"]["mae"] < 150
+
+
+def test_mixed_rows_train_with_mixed_labels(tmp_path) -> None:
+    for policy in ({"name": "c-mixup", "bandwidth": 0.5}, {"name": "mixup", "alpha": 2.0}):
+        folder = tmp_path / policy["name"]
+        summary = run_recipe(small(policy=policy), folder)
+        assert summary["policy"] == policy["name"]
+        assert summary["test"]["mae"] < 150
+
+
+def test_a_comparison_shows_errors_where_lower_is_better(tmp_path) -> None:
+    recipes = [small(name="plain"), small(name="contrast", contrast=CONTRAST)]
+    result = compare(recipes, [0, 1], tmp_path, workers=1)
+    assert result["metrics"][0] == "mae"
+    assert "mae" in result["lower_is_better"]
+    assert "r2" not in result["lower_is_better"]
+    assert result["table"][1]["versus_first"]["mae"]["p"] is not None
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    page = (tmp_path / "report.html").read_text()
+    assert "validation MAE" in page
+    assert "top-1" not in page
+
+
+def test_a_table_of_ones_own(tmp_path) -> None:
+    path = tmp_path / "houses.csv"
+    rows = [f"{i % 7},{'north' if i % 2 else 'south'},{10.0 * (i % 7) + (i % 2)}" for i in range(120)]
+    path.write_text("rooms,side,price\n" + "\n".join(rows) + "\n")
+    recipe = load_recipe("table-l1", [f"data.path={path}", "data.target=price", "train.epochs=4"])
+    summary = run_recipe(recipe, tmp_path / "run")
+    assert summary["data"]["features"] == 3
+    assert summary["data"]["target"] == "price"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"name": "digits"}}, 'task is "regression" but data.name is "digits"; tables are for regression'),
+        ({"model": {"name": "small-cnn", "options": {}}}, 'model.name is "small-cnn" but data.name is "diabetes"'),
+        ({"model": {"options": {"widht": 3}}}, 'unknown option of model "mlp": widht (did you mean "width"?)'),
+        ({"objective": {"name": "soft-bce", "kind": None}}, 'objective "soft-bce" is not one of task "regression"'),
+        ({"contrast": {**CONTRAST, "epochs": 6}}, "contrast.epochs is 6 but train.epochs is 6; leave some"),
+        ({"contrast": {"epochs": 2, "objective": {"name": "supremx"}}}, 'did you mean "supremix"?'),
+        ({"contrast": {"epochs": 2, "objective": {"name": "supremix"}}}, "window is None; pass how far apart"),
+        ({"contrast": {"epochs": 2, "objective": {"name": "supcon", "windw": 1}}}, "unknown option of contrastive"),
+    ],
+)
+def test_recipes_that_do_not_fit_together_say_so(sections, message) -> None:
+    with pytest.raises(RecipeError) as caught:
+        small(**sections)
+    assert message in str(caught.value)
+
+
+def test_other_refusals(tmp_path, two_stages) -> None:
+    from hardmix.train.robustness import robustness_of_run
+
+    from .conftest import tiny
+
+    with pytest.raises(RunError, match="recipes of several tasks have no measure in common"):
+        compare([small(), tiny()], [0], tmp_path)
+    with pytest.raises(ValueError, match="holds a regression run; it is measured for image classes"):
+        robustness_of_run(two_stages)
+    with pytest.raises(RecipeError, match='policy "c-mixup" pairs by numbers; it is for regression'):
+        tiny(policy={"name": "c-mixup", "bandwidth": 1.0})
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith(("diabetes", "table"))])
+def test_shipped_recipes_differ_in_their_method_alone(name) -> None:
+    recipe, base = load_recipe(name), load_recipe(f"{name.split('-')[0]}-l1")
+    apart = {"name", "about", "policy", "contrast"}
+    assert recipe.model_dump(exclude=apart) == base.model_dump(exclude=apart)
