@@ -26,6 +26,7 @@ def effects() -> Figure:
     cases = families(PAPER_ALPHA)
     figure = Figure(figsize=(9.0, 0.3 * len(cases) + 1.1))
     left, right = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(top=0.95)
     places = range(len(cases), 0, -1)
     for axes, metric, title in (
         (left, lambda policy: "top1", "top-1, points"),
@@ -75,8 +76,12 @@ def eta_curves() -> Figure:
 
 def amounts() -> Figure:
     """Accuracy against the number of training images, one panel a policy."""
-    groups = [g for g in GROUPS.values() if g.about["model"]["name"] == "small-resnet" and "none" in g.runs]
-    groups = [g for g in groups if name_of("mixup", "ce", PAPER_ALPHA) in g.runs]
+    groups = [
+        group
+        for group in GROUPS.values()
+        if (group.about["data"]["name"], group.about["model"]["name"]) == ("fashion-mini", "small-resnet")
+        and name_of("mixup", "ce", PAPER_ALPHA) in group.runs
+    ]
     figure = Figure(figsize=(9.0, 2.8))
     panels = figure.subplots(1, len(PAIR), sharey=True)
     for axes, policy in zip(panels, PAIR, strict=True):
