@@ -483,6 +483,9 @@ def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     factor, unit = (100, " points") if TITLES[metric].endswith("%") else (1, "")
     for name, test in tests:
+        if test["p"] is None:  # a measure that is not defined for one of them, such as a correlation of constants
+            table.add_row(f"  {escape(name)}", "n/a", "", "")
+            continue
         difference = f"{factor * test['difference']:+.2f}{unit}"
         interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
         table.add_row(f"  {escape(name)}", difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})")
@@ -494,6 +497,7 @@ def _number(value: float, metric: str) -> str:
 
 
 def _with_interval(value: dict[str, Any], metric: str) -> str:
+    mean = value["mean"]
     if value["low"] is None:
-        return _number(value["mean"], metric)
+        return "n/a" if mean is None or mean != mean else _number(mean, metric)
     return f"{_number(value['mean'], metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"

@@ -141,6 +141,19 @@ def test_a_comparison_shows_errors_where_lower_is_better(tmp_path) -> None:
     assert "top-1" not in page
 
 
+def test_a_measure_that_is_not_defined_is_shown_as_missing(tmp_path, monkeypatch, capsys) -> None:
+    """Constant predictions have no correlation: NaN in memory, null on disk, n/a on the screen."""
+    from hardmix.cli import _print_comparison
+
+    constant = Regression.predict
+    monkeypatch.setattr(Regression, "predict", lambda self, *args: torch.zeros_like(constant(self, *args)))
+    monkeypatch.setattr(Regression, "metrics", ("pearson", *Regression.metrics))
+    result = compare([small(name="one"), small(name="two", policy={"name": "mixup"})], [0, 1], tmp_path, workers=1)
+    _print_comparison(result)
+    assert "n/a" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["table"][0]["metrics"]["pearson"]["mean"] is None
+
+
 def test_a_table_of_ones_own(tmp_path) -> None:
     path = tmp_path / "houses.csv"
     rows = [f"{i % 7},{'north' if i % 2 else 'south'},{10.0 * (i % 7) + (i % 2)}" for i in range(120)]

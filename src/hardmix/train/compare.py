@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -107,7 +108,8 @@ def summarise(
     summaries = {(job.recipe.name, job.recipe.seed): read_summary(job.folder) for job in jobs}
 
     def values(recipe: Recipe, metric: str) -> list[float]:
-        return [summaries[recipe.name, seed]["test"][metric] for seed in seeds]
+        found = (summaries[recipe.name, seed]["test"][metric] for seed in seeds)
+        return [math.nan if value is None else value for value in found]  # JSON has no NaN
 
     first = recipes[0]
     metrics = TASKS[first.task].metrics
