@@ -211,3 +211,12 @@ def test_an_interrupted_comparison_keeps_checkpoints_leaves_no_workers_and_goes_
     ):
         time.sleep(0.2)
     assert not left
+
+
+def test_demo_compares_images_and_then_numbers(cli, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr("hardmix.cli._compare", lambda names, seeds, out, *rest, **title: told.append((names[0], out)))
+    assert cli("demo", "--out", str(tmp_path / "here"))[0] == 0
+    assert told == [("demo-none", tmp_path / "here"), ("diabetes-l1", tmp_path / "here-numbers")]
+    assert cli("demo", "--set", "train.epochs=1")[0] == 0
+    assert [name for name, _ in told[2:]] == ["demo-none"]
