@@ -110,7 +110,7 @@ def run(
         loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
-        stages = SMOKE_STAGES if smoke and load_recipe(str(recipe)).contrast is not None else ()
+        stages = SMOKE_STAGES if smoke and load_recipe(str(recipe), sets).contrast is not None else ()
         loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else ()), *stages])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
@@ -454,7 +454,7 @@ def _print_metrics(test: dict[str, Any], title: str) -> None:
     shown = [key for key in TITLES if key in test]
     for key in shown:
         table.add_column(TITLES[key], justify="right")
-    table.add_row(*("n/a" if test[key] is None else _number(test[key], key) for key in shown))
+    table.add_row(*(_number(test[key], key) for key in shown))
     console.print(table)
 
 
@@ -498,12 +498,14 @@ def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
     console.print(table)
 
 
-def _number(value: float, metric: str) -> str:
+def _number(value: float | None, metric: str) -> str:
+    if value is None or value != value:
+        return "n/a"
     return f"{100 * value:.2f}" if TITLES[metric].endswith("%") else f"{value:.3f}"
 
 
 def _with_interval(value: dict[str, Any], metric: str) -> str:
     mean = value["mean"]
     if value["low"] is None:
-        return "n/a" if mean is None or mean != mean else _number(mean, metric)
-    return f"{_number(value['mean'], metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"
+        return _number(mean, metric)
+    return f"{_number(mean, metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"

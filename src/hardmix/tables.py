@@ -30,6 +30,9 @@ OBJECTIVES: dict[str, type] = {
     "decoupled-mixup-bce": losses.DecoupledMixupBCELoss,
 }
 
+#: Those that mix whole samples, and so rows of a table.
+ROW_POLICIES = ("mixup", "manifold-mixup")
+
 #: Policies that pair by labels that are numbers.
 REGRESSION_POLICIES: dict[str, type] = {"c-mixup": mixing.CMixup}
 

@@ -39,7 +39,7 @@ def test_numbers_stay_and_words_become_columns(tmp_path: Path, delimiter: str, n
     assert got.feature_names == ("size", "colour=blue", "colour=red")
     assert got.features.tolist() == [[k, float(k % 3 == 0), float(k % 3 != 0)] for k in range(12)]
     assert got.labels.tolist() == [k * k for k in range(12)]
-    assert got.features.dtype == got.labels.dtype == torch.float32
+    assert got.features.dtype == got.labels.dtype == torch.float64
     assert (got.target, got.name, got.license, got.source) == ("price", "table", "yours", str(tmp_path / name))
 
 
@@ -84,7 +84,7 @@ FILES = [  # text of the file, what to do about missing cells, message
     (table(header="a,b,prize"), "error", r"for the target 'price'; pass one of 'a', .* \(did you mean \"prize\"\?\)"),
     ("price\n" + "1\n" * 12, "error", r"has one column \('price'\) and needs a feature and a target"),
     (WRONG_TARGETS, "drop", r"its target 'price' in rows 3 \(''\), 7 \('inf'\), 8 \('cheap'\); repair or delete them"),
-    (table((4, "1,red,1e39")), "error", r"no finite number as its target 'price' in row 4 \('1e39'\); .* delete it"),
+    (table((4, "1,red,1e400")), "error", r"no finite number as its target 'price' in row 4 \('1e400'\); .* delete it"),
     (table((2, ",NA,0"), (6, "NaN,red,1")), "error", rf"missing cells in 'size' \(2\), 'colour' \(1\); {ADVICE}"),
     (table((4, "inf,red,1"), (9, "-1e39,red,1")), "error", "infinity or a number beyond float32 in 'size', rows 4, 9;"),
     ("a,price\n" + "".join(f",{k}\n" for k in range(12)), "mean", "no value at all in 'a'; delete the column"),
@@ -150,8 +150,8 @@ def test_parquet_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytes
 @given(rows=st.integers(1, 60), test=st.floats(0, 1), validation=st.floats(0, 1), seed=st.integers(0, 2**40))
 def test_splits_are_disjoint_and_complete(rows: int, test: float, validation: float, seed: int) -> None:
     sizes = round(validation * rows), round(test * rows)
-    if rows - sum(sizes) < 2 or sizes[1] < 1:
-        with pytest.raises(ValueError, match=r"split_rows: test .* at least 2 and 1 are needed; pass other shares"):
+    if rows - sum(sizes) < 2 or sizes[1] < 2:
+        with pytest.raises(ValueError, match=r"split_rows: test .* at least 2 of either are needed; pass other shares"):
             split_rows(rows, test, validation, seed)
         return
     parts = split_rows(rows, test, validation, seed)
@@ -196,3 +196,19 @@ def test_standardized_columns(dtype: torch.dtype) -> None:
 def test_bad_arguments_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_large_labels_and_features_that_are_close_stay_apart(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    path.write_text("when,until\n" + "".join(f"{1_600_000_000 + i},{1_600_000_000 + 10 * i}\n" for i in range(12)))
+    got = load_table("table", path, target="until")
+    assert got.labels.diff().tolist() == [10.0] * 11
+    assert got.features[:, 0].diff().tolist() == [1.0] * 11
+    assert torch.allclose(Standardize.fit(got.features)(got.features).std(0, correction=0), torch.ones(1).double())
+
+
+def test_decimal_commas_are_told_from_words(tmp_path: Path) -> None:
+    path = tmp_path / "commas.csv"
+    path.write_text("size;price\n" + "".join(f"0,{i};{i}\n" for i in range(12)))
+    with pytest.raises(ValueError, match=r"a decimal comma in 'size', row 2 \('0,0'\); write them with a point"):
+        load_table("table", path, target="price")

@@ -139,3 +139,24 @@ except Interrupted as stopped:
     out, _ = process.communicate(timeout=60)
     assert out.count("stopped at") == 2, out
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_table_like_one_process(tmp_path):
+    sections = {"train": {"optimizer": "sgd", "epochs": 3, "lr": 0.01}}
+    small_regression = "from tests.train.test_regression import small"
+    launch(
+        tmp_path,
+        f"""
+from pathlib import Path
+from hardmix.train.loop import run_recipe
+{small_regression}
+run_recipe(small(**{sections!r}), Path({str(tmp_path / "two")!r}))
+""",
+    )
+    from train.test_regression import small
+
+    run_recipe(small(**sections), tmp_path / "one")
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text())["test"] for n in ("one", "two"))
+    assert two["mae"] == pytest.approx(one["mae"], rel=1e-5)
+    assert two["ordinality"] == pytest.approx(one["ordinality"], abs=1e-4)

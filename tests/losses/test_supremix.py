@@ -193,6 +193,15 @@ def test_invariances() -> None:
         assert float(other) == pytest.approx(float(value), rel=1e-12)
 
 
+def test_labels_that_are_close_far_from_the_others_keep_their_shares() -> None:
+    """All five rows share a block; their labels don't fit into float32 side by side."""
+    y = torch.tensor([0, 1000, 1000.00001, 1000.00002, 1000.00003], dtype=torch.float64)
+    z = batch(5, 3)
+    options = {"window": math.inf, "mix_neg": False, "temperature": 0.1, "weighting": "none", "reduction": "none"}
+    want = supremix_loss(z, y, **options)
+    assert torch.allclose(supremix_loss(z.float(), y, **options).double(), want, rtol=1e-5)
+
+
 def test_bounds() -> None:
     """Jensen: l_i >= log |P_i|; a further negative never lowers a loss."""
     z, y, lam = batch(30, 3), torch.randint(10, (30,), generator=rng()).float(), shares(30)
@@ -284,6 +293,23 @@ def test_drawn_pairs_stand_for_all_of_them() -> None:
     assert torch.autograd.gradcheck(loss, z.requires_grad_())
     whole = supremix_loss(z, y, window=math.inf, generator=rng(3), mix_neg=False)
     assert supremix_loss(z, y, window=math.inf, max_mixtures=10**6, generator=rng(3), mix_neg=False) == whole
+
+
+def test_few_drawn_pairs_are_few_and_come_in_pieces(monkeypatch) -> None:
+    y = torch.tensor([0.0] * 40 + [1.0] * 3 + [2.0], dtype=torch.float64)
+    windows = kernel.label_windows(y, math.inf)
+    z = torch.nn.functional.normalize(batch(44, 3))
+    block = next(block for block in kernel.blocks(windows, merge=False) if block.first == 40)
+    for most in (1, 3, 10):
+        pairs = kernel._Pairs(z, kernel.Contrast(y, windows, 0.5, None, None, True, True, False, most, 0))
+        drawn = sum(len(part.below) * len(part.above) for part in pairs._parts(block))
+        assert 1 <= drawn <= most
+        whole = pairs.sums(block)
+        monkeypatch.setattr(kernel, "BOX_VALUES", 6)
+        assert len(list(pairs._parts(block))) == -(-drawn // 2)
+        for piece, all_ in zip(pairs.sums(block), whole, strict=True):
+            assert torch.allclose(piece, all_)
+        monkeypatch.undo()
 
 
 def test_label_tolerance_makes_continuous_labels_equal() -> None:

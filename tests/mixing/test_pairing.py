@@ -43,6 +43,11 @@ def test_pieces_change_nothing_but_the_draws_order(monkeypatch) -> None:
     assert drawn.tolist() == [4, 3, 2, 1, 0]
 
 
+def test_small_differences_of_large_labels_count() -> None:
+    labels = 1.6e9 + torch.arange(40, dtype=torch.float64)
+    assert torch.equal(LabelKernel(0.1).partners(labels, labels), torch.arange(40))
+
+
 def test_several_numbers_a_label_count_by_their_distance() -> None:
     pool = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert LabelKernel(0.1).partners(torch.tensor([[3.0, 3.9], [0.1, 0.0]]), pool).tolist() == [1, 0]

@@ -99,6 +99,28 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_a_sentence(straight, tmp_p
     assert fingerprint(tmp_path / "run") == fingerprint(straight)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_what_a_full_disk_did_not_take_does_not_hide_the_sentence(tmp_path, monkeypatch):
+    """The log keeps what could not be flushed, and closing it tries again."""
+    started = RunLog.__init__
+
+    def onto_a_full_disk(self, *args, **options):
+        started(self, *args, **options)
+        self._files["metrics"].close()
+        self._files["metrics"] = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+
+    monkeypatch.setattr(RunLog, "__init__", onto_a_full_disk)
+    with pytest.raises(RunError, match=r"the log of step 2 could not be written \(No space left on device\)"):
+        run_recipe(tiny(), tmp_path / "run")
+
+
+def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    log.metrics({"kind": "validation", "step": 1, "pearson": float("nan")})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["pearson"] is None
+
+
 def test_a_run_leaves_what_it_promises(straight):
     for name in ("recipe.toml", "metrics.jsonl", "timing.jsonl", "summary.json", "gallery.safetensors", "report.html"):
         assert (straight / name).stat().st_size > 0, name

@@ -175,6 +175,12 @@ def test_a_table_of_ones_own(tmp_path) -> None:
         ({"contrast": {"epochs": 2, "objective": {"name": "supremx"}}}, 'did you mean "supremix"?'),
         ({"contrast": {"epochs": 2, "objective": {"name": "supremix"}}}, "window is None; pass how far apart"),
         ({"contrast": {"epochs": 2, "objective": {"name": "supcon", "windw": 1}}}, "unknown option of contrastive"),
+        ({"contrast": {"epochs": 2, "objective": {"name": "supcon", "reduction": "sum"}}}, 'training takes the "mean"'),
+        ({"contrast": CONTRAST, "train": {"warmup_epochs": 3}}, "train.warmup_epochs is 3 but the shorter stage has 3"),
+        (
+            {"policy": {"name": "cutmix"}},
+            'policy "cutmix" mixes parts of images; a table takes mixup, manifold-mixup, c-',
+        ),
     ],
 )
 def test_recipes_that_do_not_fit_together_say_so(sections, message) -> None:
@@ -194,6 +200,10 @@ def test_other_refusals(tmp_path, two_stages) -> None:
         robustness_of_run(two_stages)
     with pytest.raises(RecipeError, match='policy "c-mixup" pairs by numbers; it is for regression'):
         tiny(policy={"name": "c-mixup", "bandwidth": 1.0})
+    inside = {"name": "random-choice", "policies": [{"name": "c-mixup", "bandwidth": 1.0}, "none"]}
+    with pytest.raises(RecipeError, match='policy "c-mixup" pairs by numbers; it is for regression'):
+        tiny(policy=inside)
+    assert small(policy=inside).policy is not None
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith(("diabetes", "table"))])

@@ -1,6 +1,6 @@
 """What Decoupled Mixup does when labels are few: one command, resumable, results small enough to commit.
 
-    python benchmarks/evidence/decoupled/run.py --budget small    # embedded Fashion-MNIST, hours on two cores
+    python benchmarks/evidence/decoupled/run.py --budget small    # embedded Fashion-MNIST, an hour on two cores
     python benchmarks/evidence/decoupled/run.py --budget full     # adds CIFAR-10 and ResNet-18; wants a GPU
     python benchmarks/evidence/decoupled/page.py                  # tables and plots of docs/evidence from the results
 

@@ -34,8 +34,8 @@ class Table(NamedTuple):
     """Numbers to predict a number from.
 
     Attributes:
-        features: (N, P) float32, in the units of the file; `Standardize` is for the training split to fit.
-        labels: (N,) float32.
+        features: (N, P) float64, in the units of the file; `Standardize` is for the training split to fit.
+        labels: (N,) float64: dates as seconds, say, are large and close.
         feature_names: P names; `name=value` for the 0/1 column of a word.
         target: the name of the labels.
         name: "diabetes" or "table".
@@ -140,17 +140,17 @@ def split_rows(rows: int, test: float, validation: float, seed: int) -> tuple[Te
         (training rows, validation rows, test rows), long, ascending, disjoint, together all N.
 
     Raises:
-        ValueError: shares that leave fewer than two rows for training or none for testing.
+        ValueError: shares that leave fewer than two rows for training or for testing.
     """
     who = "split_rows"
     rows = _check.integer(who, "rows", rows, 1)
     test = _check.between(who, "test", test, 0.0, 1.0)
     validation = _check.between(who, "validation", validation, 0.0, 1.0)
     tested, validated = round(test * rows), round(validation * rows)
-    if tested < 1 or rows - tested - validated < 2:
+    if tested < 2 or rows - tested - validated < 2:
         raise ValueError(
             f"{who}: test {test:g} and validation {validation:g} of {rows} rows leave "
-            f"{max(rows - tested - validated, 0)} for training and {tested} for testing, but at least 2 and 1 are "
+            f"{max(rows - tested - validated, 0)} for training and {tested} for testing, but at least 2 of either are "
             "needed; pass other shares or more rows."
         )
     generator = torch.Generator().manual_seed(_check.integer(who, "seed", seed, 0))
@@ -211,7 +211,7 @@ def _diabetes() -> Table:
     except ImportError:
         raise ImportError('load_table: scikit-learn is not installed; pip install "hardmix[train]".') from None
     bunch = load_diabetes(scaled=False)
-    features, labels = (torch.from_numpy(values).float() for values in (bunch.data, bunch.target))
+    features, labels = (torch.from_numpy(values).double() for values in (bunch.data, bunch.target))
     names = tuple(bunch.feature_names)
     return Table(features, labels, names, "progression", "diabetes", "BSD-3-Clause", "scikit-learn")
 
@@ -289,11 +289,11 @@ def _check_names(where: str, names: list[str], target: str) -> None:
 
 
 def _labels(where: str, sheet: _Sheet, target: str) -> Tensor:
-    """(R,) float32 labels, each a finite number."""
+    """(R,) float64 labels, each a finite number."""
     position = sheet.names.index(target)
     cells = [row[position] for row in sheet.rows]
     numbers = [None if _is_missing(cell) else _number(cell) for cell in cells]
-    labels = torch.tensor([math.nan if number is None else number for number in numbers], dtype=torch.float64).float()
+    labels = torch.tensor([math.nan if number is None else number for number in numbers], dtype=torch.float64)
     wrong = (~labels.isfinite()).nonzero().flatten().tolist()
     if wrong:
         rows = _listed((f"{sheet.numbers[row]} ({cells[row]!r:.20})" for row in wrong), 5)
@@ -324,10 +324,15 @@ def _complete(where: str, sheet: _Sheet, target: str, missing: str) -> list[int]
 
 
 def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tuple[list[str], list[Tensor]]:
-    """Names and (N,) float32 values of the features that one column gives; `rows` are the numbers of its rows."""
+    """Names and (N,) float64 values of the features that one column gives; `rows` are the numbers of its rows."""
     numbers = [None if _is_missing(cell) else _number(cell) for cell in cells]
     words = [i for i, (cell, number) in enumerate(zip(cells, numbers, strict=True)) if number is None]
     words = [i for i in words if not _is_missing(cells[i])]
+    if words and all(_number(cells[i].replace(",", ".")) is not None for i in words):
+        raise ValueError(
+            f"{where} has numbers with a decimal comma in {column!r}, row {rows[words[0]]} ({cells[words[0]]!r:.40}); "
+            "write them with a point."
+        )
     if words:
         filled = ["missing" if _is_missing(cell) else cell for cell in cells]
         values = sorted(set(filled))
@@ -338,7 +343,7 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
                 "delete the column (an id is not a feature), or write it as numbers."
             )
         ids = torch.tensor([values.index(cell) for cell in filled])
-        return [f"{column}={value}" for value in values], [(ids == k).float() for k in range(len(values))]
+        return [f"{column}={value}" for value in values], [(ids == k).double() for k in range(len(values))]
     present = [number for number in numbers if number is not None]
     if not present:
         raise ValueError(f"{where} has no value at all in {column!r}; delete the column.")
@@ -349,7 +354,7 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
             f"{where} has infinity or a number beyond float32 in {column!r}, {_rows(wrong)} "
             f"{_listed((str(rows[i]) for i in wrong), 5)}; repair or delete {'them' if len(wrong) > 1 else 'it'}."
         )
-    return [column], [exact.nan_to_num(nan=math.fsum(present) / len(present)).float()]
+    return [column], [exact.nan_to_num(nan=math.fsum(present) / len(present))]
 
 
 def _is_missing(cell: str) -> bool:

@@ -122,8 +122,7 @@ def blocks(windows: Windows, *, merge: bool = True) -> Iterator[Block]:
     while first < rows:
         wide = max(rows, (high[first] - stop[first]) * BLOCK_VALUES // BOX_VALUES)
         most = first + max(1, BLOCK_VALUES // wide)
-        last, useful = min(stop[first], most), 0
-        one_label = True
+        last, one_label = min(stop[first], most), True
         useful = (last - first) * (start[first] - low[first]) * (high[first] - stop[first])
         while merge and last < rows and start[last] == last and stop[last] <= most:
             useful += (stop[last] - last) * (start[last] - low[last]) * (high[last] - stop[last])
@@ -368,12 +367,14 @@ class _Pairs:
             return
         if most is not None and lower * upper > most:
             # A few rows of either side and all their pairs: every pair is as likely as any other to be there.
-            keep = min(lower, max(1, round(math.sqrt(most * lower / upper))))
+            keep = min(lower, most, max(1, round(math.sqrt(most * lower / upper))))
             other = min(upper, max(1, most // keep))
             drawn = torch.Generator().manual_seed(self.contrast.seed + block.first)
             rows = torch.randperm(lower, generator=drawn)[:keep], torch.randperm(upper, generator=drawn)[:other]
             left, right = (index.sort().values.to(self.z.device) for index in rows)
-            yield Part(left + below.start, right + above.start, lower * upper / (keep * other))
+            size = max(1, BOX_VALUES // ((block.last - block.first) * other))
+            for some in (left + below.start).split(size):
+                yield Part(some, right + above.start, lower * upper / (keep * other))
             return
         size = max(1, BOX_VALUES // ((block.last - block.first) * upper))
         for first in range(below.start, below.stop, size):
@@ -382,11 +383,13 @@ class _Pairs:
     def _exclusive(self, block: Block, part: Part, cosine: Tensor) -> _Box:
         """The mixtures of these pairs around the anchors of a block."""
         own, (below, above, _) = slice(block.first, block.last), part
-        labels = self.contrast.labels - self.contrast.labels[block.first]  # small numbers, whatever the labels are
-        u, lower, upper = (labels[part].to(self.z.dtype) for part in (own, below, above))
-        width = upper - lower[:, None]
+        # Differences are formed in float64: labels may be large and close.
+        labels, dtype = self.contrast.labels, self.z.dtype
+        u = labels[block.first : block.first + 1] if block.one_label else labels[own]
+        width, reach = (labels[above] - side[:, None] for side in (labels[below], u))
+        width, reach = width.to(dtype), reach.to(dtype)
         if block.one_label:
-            u, inside = u[:1], None
+            inside = None
             number: Tensor | int = width.numel()
         else:
             low, start, stop, high = self.windows[:, own, None]
@@ -396,7 +399,7 @@ class _Pairs:
             number = has_below.sum(1) * has_above.sum(1)
             # Rows that are both below one anchor of the block and above another make no mixture.
             width = width.masked_fill_(width <= 0.0, 1.0)
-        lam = ((upper - u[:, None])[:, None, :] / width).clamp_(0.0, 1.0)
+        lam = (reach[:, None, :] / width).clamp_(0.0, 1.0)
         towards, away, bend = lam, 1.0 - lam, None
         if self.contrast.normalize:
             nu = self._length(lam, self.cosines(below, above))

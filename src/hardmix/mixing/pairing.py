@@ -61,7 +61,9 @@ class LabelKernel(LabelPairing):
             )
         drawn = []
         for piece in own.split(max(1, _PIECE // len(others))):
-            distance = torch.cdist(piece, others) / self.bandwidth
+            # Not by way of a matrix product, which loses the small differences of large labels.
+            exact = "donot_use_mm_for_euclid_dist"
+            distance = torch.cdist(piece, others, compute_mode=exact) / self.bandwidth
             # The nearest gets 1: what is left is the same distribution, and far from everything it does not underflow.
             closeness = distance.square().sub_(distance.amin(1, keepdim=True).square()).mul_(-0.5).exp_()
             drawn.append(torch.multinomial(closeness, 1, generator=generator)[:, 0])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hardmix.train.files import plain
 
 
 class NoLog:
@@ -64,10 +67,12 @@ class RunLog:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            # What a full disk did not take is tried once more here; the run has ended with that already.
+            with suppress(OSError):
+                file.close()
         if self._board is not None:
             self._board.close()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].write(json.dumps(plain(record), allow_nan=False) + "\n")
         self._files[name].flush()

@@ -38,7 +38,8 @@ from hardmix.train.state import (
 from hardmix.train.stop import Stop, stop_signals
 from hardmix.train.tasks import TASKS
 
-#: called with {"step", "steps", "epoch", "epochs", "loss", "accuracy", "images_per_s"} a few times a second
+#: called a few times a second with {"step", "steps", "epoch", "epochs", "images_per_s"} and what the task logs: "loss",
+#: and "accuracy" where there is one
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -179,7 +180,8 @@ class _Run:
         with self.accelerator.autocast():
             result = self.task.test(model, self.device)
             if self.accelerator.is_main_process:
-                self.task.write_gallery(model, self.device, self.folder / "gallery.safetensors")
+                with self._writing("the gallery"):
+                    self.task.write_gallery(model, self.device, self.folder / "gallery.safetensors")
         recipe = self.recipe
         summary = {
             "name": recipe.name,
@@ -272,7 +274,7 @@ class _Run:
         ids = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         culprit = "the loss itself (try a lower train.lr or train.clip_norm)"
         if batch[0].is_floating_point() and not bool(torch.isfinite(batch[0]).all()):
-            culprit = "the images of this batch"
+            culprit = "the data of this batch"
         else:
             for name, value in self.accelerator.unwrap_model(self.model).named_parameters():
                 if not bool(torch.isfinite(value).all()):

@@ -221,8 +221,12 @@ class Recipe(_Section):
             raise ValueError(f'model.name is "{self.model.name}" but data.name is "{self.data.name}"; it does not fit')
         if self.objective.name not in (tables.REGRESSION_OBJECTIVES if table else tables.OBJECTIVES):
             raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
-        if self.policy is not None and self.policy.name in tables.REGRESSION_POLICIES and not table:
-            raise ValueError(f'policy "{self.policy.name}" pairs by numbers; it is for regression')
+        for name in [] if self.policy is None else _policy_names(self.policy.model_dump()):
+            if name in tables.REGRESSION_POLICIES and not table:
+                raise ValueError(f'policy "{name}" pairs by numbers; it is for regression')
+            if table and name not in (*tables.ROW_POLICIES, *tables.REGRESSION_POLICIES):
+                known = ", ".join((*tables.ROW_POLICIES, *tables.REGRESSION_POLICIES))
+                raise ValueError(f'policy "{name}" mixes parts of images; a table takes {known}')
         if self.contrast is not None:
             if not table:
                 raise ValueError("contrast is a section of regression recipes; leave it out")
@@ -230,6 +234,12 @@ class Recipe(_Section):
                 raise ValueError(
                     f"contrast.epochs is {self.contrast.epochs} but train.epochs is {self.train.epochs}; "
                     "leave some for the head"
+                )
+            shorter = min(self.contrast.epochs, self.train.epochs - self.contrast.epochs)
+            if self.train.warmup_epochs >= shorter:
+                raise ValueError(
+                    f"train.warmup_epochs is {self.train.warmup_epochs:g} but the shorter stage has {shorter} epochs; "
+                    "its learning rate would never come down: set a smaller warm-up, 0 is fine"
                 )
         return self
 
@@ -261,8 +271,7 @@ def build_policy(component: Component, model: Any) -> Any:
 def build_objective(component: Component) -> Any:
     """The objective that a recipe names."""
     cls = _entry("objective", component.name, {**tables.OBJECTIVES, **tables.REGRESSION_OBJECTIVES})
-    if component.options.get("reduction", "mean") != "mean":
-        raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
+    _check_mean(component)
     _check_options("objective", component.name, _parameters(cls), component.options)
     options = component.options
     if isinstance(options.get("weight"), list):
@@ -273,11 +282,25 @@ def build_objective(component: Component) -> Any:
 def build_contrast(component: Component) -> Any:
     """The contrastive objective that a recipe names."""
     cls = _entry("contrastive objective", component.name, tables.CONTRASTS)
+    _check_mean(component)
     _check_options("contrastive objective", component.name, _parameters(cls), component.options)
     options = component.options
     if isinstance(options.get("beta"), list):
         options["beta"] = tuple(options["beta"])
     return cls(**options)
+
+
+def _policy_names(policy: Mapping[str, Any]) -> list[str]:
+    """The names of a policy and of those inside it, combinations left out."""
+    inside = [policy["policy"]] if "policy" in policy else policy.get("policies", [])
+    if inside:
+        return [name for p in inside if p != "none" for name in _policy_names(p)]
+    return [policy["name"]]
+
+
+def _check_mean(component: Component) -> None:
+    if component.options.get("reduction", "mean") != "mean":
+        raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
 
 
 def _component(value: object) -> Component:

@@ -28,11 +28,12 @@ class LabelScale(nn.Module):
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", labels.double().mean().float())
-        self.register_buffer("std", labels.double().std(correction=0).float())
+        # float64, since labels may be large and close.
+        self.register_buffer("mean", labels.double().mean())
+        self.register_buffer("std", labels.double().std(correction=0))
 
     def forward(self, labels: Tensor) -> Tensor:
-        return (labels - self.mean) / self.std
+        return ((labels - self.mean) / self.std).float()
 
     def back(self, values: Tensor) -> Tensor:
         return values * self.std + self.mean
@@ -64,13 +65,15 @@ class Regression:
             )
         self.rows = {"train": train, "validation": validation, "test": test}
         self.recipe = recipe
-        self.features = Standardize.fit(self.table.features[train])(self.table.features)
+        self.features = Standardize.fit(self.table.features[train])(self.table.features).float()
         labels = self.table.labels[train]
         if float(labels.min()) == float(labels.max()):
             raise ValueError(f"data: every training row has the {self.table.target} {float(labels[0]):g}; take more.")
         self.scale = LabelScale(labels)
         torch.manual_seed(derive(recipe.seed, "model"))
-        self.model = TableNet(inputs=self.features.shape[1], **recipe.model.options)
+        # A projector that nothing trains would stop several processes, which wait for its gradient.
+        unused = {} if recipe.contrast is not None else {"projection": 0}
+        self.model = TableNet(inputs=self.features.shape[1], **recipe.model.options | unused)
         self.policy = None if recipe.policy is None else build_policy(recipe.policy, self.model)
         self.objective = build_objective(recipe.objective)
         self.contrast = None if recipe.contrast is None else build_contrast(recipe.contrast.objective)
