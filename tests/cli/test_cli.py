@@ -145,6 +145,7 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
         (["run", "demo-mixup", "--set", "policy.alpha=-1"], 2, "alpha is -1"),
         (["run", "demo-mixup", "--set", "data.name=cifar10", "--set", "data.path=nowhere"], 2, "nowhere"),
         (["run", "demo-mixup", "--set", "data.train_samples=3"], 2, "3"),
+        (["show", "c-mixup"], 2, "c-mixup pairs by labels that are numbers"),
         (["compare", "demo-mixup", "demo-mixup"], 3, "two recipes are called demo-mixup"),
         (["show", "cutmixx"], 2, 'did you mean "cutmix"'),
         (["eval", "nowhere"], 2, "nowhere is no run folder"),

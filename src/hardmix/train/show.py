@@ -9,6 +9,7 @@ import torch
 
 from hardmix.data.catalog import load_images
 from hardmix.models.build import build_model
+from hardmix.tables import REGRESSION_POLICIES
 from hardmix.train.files import write_bytes
 from hardmix.train.recipe import Component, build_policy, parse_options
 from hardmix.train.seeds import generator
@@ -23,6 +24,8 @@ def show_policy(
     """
     from hardmix.report.gallery import caption, mixed_sheet
 
+    if name in REGRESSION_POLICIES:
+        raise ValueError(f"show: {name} pairs by labels that are numbers, which these images don't have; show another.")
     images = load_images(data, data_path or None)
     split = images.test
     draws = generator(seed, "show")
