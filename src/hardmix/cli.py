@@ -449,6 +449,10 @@ TITLES = {
 }  # fmt: skip
 
 
+#: what a terminal has no room for in a comparison
+IN_THE_REPORT = ("top5", "gm", "pearson", "local_linearity")
+
+
 def _print_metrics(test: dict[str, Any], title: str) -> None:
     table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
     shown = [key for key in TITLES if key in test]
@@ -462,7 +466,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
     """Means with 95 % intervals, then the paired difference of top-1 against the first recipe."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("recipe", overflow="fold")
-    shown = [metric for metric in result["metrics"] if metric in TITLES and metric != "top5"]
+    shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
     for metric in shown:
         table.add_column(TITLES[metric], justify="right")
     for row in result["table"]:
