@@ -60,10 +60,10 @@ class Block(NamedTuple):
 class Contrast(NamedTuple):
     """What the loss is made of besides the rows.
 
-    labels: (M,) float64, sorted. weight: distance in labels -> factor in the denominator, None for 1.
-    inclusive: (first, last) -> (last - first, M) shares of the anchor in its mixtures with every row, the same whenever
-    it is asked; None leaves those mixtures out. exclusive: whether pairs around the anchor are mixed; most: how many of
-    them an anchor gets, drawn from `seed`, all without.
+    labels: (M,) float64, sorted; on the CPU where the device has no float64. weight: distance in labels -> factor in
+    the denominator, None for 1. inclusive: (first, last) -> (last - first, M) shares of the anchor in its mixtures with
+    every row, the same whenever it is asked; None leaves those mixtures out. exclusive: whether pairs around the anchor
+    are mixed; most: how many of them an anchor gets, drawn from `seed`, all without.
     """
 
     labels: Tensor
@@ -326,7 +326,7 @@ class _Pairs:
     def _distance(self, block: Block) -> Tensor:
         """Absolute differences of the labels (B, M); formed in float64, since labels may be large and close."""
         labels = self.contrast.labels
-        return (labels[block.first : block.last, None] - labels).abs_().to(self.z.dtype)
+        return (labels[block.first : block.last, None] - labels).abs_().to(self.z)
 
     def _log_weighted(self, logits: Tensor, distance: Tensor, same: Tensor, keep: Tensor | None = None) -> Tensor:
         """logits + log w, -inf where the label is the anchor's, but for the entries to keep."""
@@ -356,7 +356,7 @@ class _Pairs:
         if not (contrast.exclusive and plain and block.one_label and pairs > 0):
             return None
         own, below, above = (contrast.labels[rows] for rows in (block.first, block.below, block.above))
-        ties = tied.find_ties(own, below, above, self.z.dtype)
+        ties = tied.find_ties(own, below, above, self.z)
         return ties if ties.visits <= WORTH_TYING * pairs else None
 
     def _parts(self, block: Block) -> Iterator[Part]:
@@ -384,10 +384,10 @@ class _Pairs:
         """The mixtures of these pairs around the anchors of a block."""
         own, (below, above, _) = slice(block.first, block.last), part
         # Differences are formed in float64: labels may be large and close.
-        labels, dtype = self.contrast.labels, self.z.dtype
+        labels = self.contrast.labels
         u = labels[block.first : block.first + 1] if block.one_label else labels[own]
         width, reach = (labels[above] - side[:, None] for side in (labels[below], u))
-        width, reach = width.to(dtype), reach.to(dtype)
+        width, reach = width.to(self.z), reach.to(self.z)
         if block.one_label:
             inside = None
             number: Tensor | int = width.numel()

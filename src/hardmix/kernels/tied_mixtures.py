@@ -34,12 +34,13 @@ class Ties(NamedTuple):
         return len(self.below) * labels_above + labels_below * len(self.above)
 
 
-def find_ties(label: Tensor, below: Tensor, above: Tensor, dtype: torch.dtype) -> Ties:
-    """Ties of sorted labels `below` (J,) and `above` (K,) around `label` (), all float64."""
+def find_ties(label: Tensor, below: Tensor, above: Tensor, like: Tensor) -> Ties:
+    """Ties of sorted labels `below` (J,) and `above` (K,) around `label` (), all float64, for cosines like `like`."""
     lower, place_below, number_below = below.unique_consecutive(return_inverse=True, return_counts=True)
     upper, place_above, number_above = above.unique_consecutive(return_inverse=True, return_counts=True)
-    lam = ((upper - label) / (upper - lower[:, None])).to(dtype)
-    return Ties(lam, place_below, place_above, number_below.to(dtype), number_above.to(dtype))
+    lam = ((upper - label) / (upper - lower[:, None])).to(like)
+    places = place_below.to(like.device), place_above.to(like.device)
+    return Ties(lam, *places, number_below.to(like), number_above.to(like))
 
 
 def sums(below: Tensor, above: Tensor, ties: Ties, temperature: float) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def supremix_loss(
     shares = _shares(who, lam, beta, order, x.z, generator) if mix_neg else None
     weight = WEIGHTINGS[weighting]
     contrast = Contrast(
-        labels=y.to(device),
+        labels=y if device.type == "mps" else y.to(device),  # Apple's has no float64
         windows=windows,
         temperature=temperature,
         weight=None if weight is None else lambda distance: weight(distance / label_scale),

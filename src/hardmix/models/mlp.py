@@ -31,8 +31,9 @@ class TableNet(nn.Module):
         for before, after in itertools.pairwise(sizes):
             self.encoder.append(nn.Linear(before, after))
             self.encoder.append(nn.ReLU())
-        self.projector = nn.Linear(width, projection) if projection else None
         self.head = nn.Linear(width, 1)
+        # Last, so that encoder and head start alike with and without it.
+        self.projector = nn.Linear(width, projection) if projection else None
 
     def forward(self, x: Tensor, part: str = "predict") -> Tensor:
         """ "predict": (N,) numbers; "probe": the same with no gradient to the encoder; "embed": (N, projection);

@@ -21,14 +21,16 @@ SHOWN = 500
 
 
 class LabelScale(nn.Module):
-    """Labels of the training split to mean 0 and standard deviation 1 and back; saved with the weights."""
+    """Labels of the training split to mean 0 and standard deviation 1 and back; saved with the weights.
+
+    It stays on the CPU, in float64: labels may be large and close, and not every device has that type.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
-        # float64, since labels may be large and close.
         self.register_buffer("mean", labels.double().mean())
         self.register_buffer("std", labels.double().std(correction=0))
 
@@ -78,7 +80,7 @@ class Regression:
         self.objective = build_objective(recipe.objective)
         self.contrast = None if recipe.contrast is None else build_contrast(recipe.contrast.objective)
         if isinstance(self.contrast, SupReMixLoss) and self.contrast.label_scale.isnan():
-            self.contrast.fit_labels(self._contrasted(labels))
+            self.contrast.fit_labels(self._contrasted(self.scale(labels)))
         self.contrasting = self.contrast is not None
 
     @property
@@ -87,8 +89,9 @@ class Regression:
 
     def to(self, device: torch.device) -> Regression:
         """Move all that a step or an evaluation computes with, and return itself."""
-        for module in (self.model, self.objective, *self.modules().values()):
-            module.to(device)
+        for module in (self.model, self.objective, self.policy):
+            if module is not None:
+                module.to(device)
         return self
 
     def modules(self) -> dict[str, nn.Module]:
@@ -96,9 +99,9 @@ class Regression:
         return {"labels": self.scale} | ({} if self.policy is None else {"policy": self.policy})
 
     def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The features and labels of these training rows, on the CPU."""
+        """The features and standardised labels of these training rows, on the CPU."""
         rows = self.rows["train"][index]
-        return self.features[rows], self.table.labels[rows]
+        return self.features[rows], self.scale(self.table.labels[rows])
 
     def names(self, index: Tensor) -> list[str]:
         """What error messages call these training rows."""
@@ -115,11 +118,10 @@ class Regression:
         self, model: nn.Module, batch: tuple[Tensor, Tensor], draws: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch on the model's device, and what to log, still on the device."""
-        x, labels = batch
+        x, y = batch
         if self.contrasting:
-            loss = self._contrast(model, x, labels, draws)
+            loss = self._contrast(model, x, y, draws)
             return loss, {"loss": loss.detach()}
-        y = self.scale(labels)
         target: Any = y
         if self.policy is not None:
             x, target = self.policy(x, y, generator=draws)
@@ -128,25 +130,25 @@ class Regression:
         loss = self.objective(predictions, target)
         return loss, {"loss": loss.detach()}
 
-    def _contrast(self, model: nn.Module, x: Tensor, labels: Tensor, draws: torch.Generator) -> Tensor:
+    def _contrast(self, model: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
         section = self.recipe.contrast
         assert section is not None
         assert self.contrast is not None
         noise = torch.randn((len(x), 2, x.shape[1]), generator=draws).to(x.device)
         embeddings = model((x[:, None] + section.noise * noise).flatten(0, 1), "embed").view(len(x), 2, -1)
-        labels = self._contrasted(labels)
+        labels = self._contrasted(y)
         if isinstance(self.contrast, SupReMixLoss):
             return self.contrast(embeddings, labels, generator=draws)
         return self.contrast(embeddings, labels)
 
-    def _contrasted(self, labels: Tensor) -> Tensor:
-        """Labels in the unit that the contrast's settings are in."""
+    def _contrasted(self, y: Tensor) -> Tensor:
+        """Standardised labels in the unit that the contrast's settings are in; only differences count there."""
         section = self.recipe.contrast
-        return labels if section is None or section.labels == "raw" else self.scale(labels)
+        return y * float(self.scale.std) if section is not None and section.labels == "raw" else y
 
     def predict(self, model: nn.Module, split: str, device: torch.device) -> Tensor:
         """(N,) predictions of a split in the labels' unit, on the CPU; each rank computes its part."""
-        return self.scale.back(self._outputs(model, split, device, "predict").to(self.scale.mean.device)).cpu()
+        return self.scale.back(self._outputs(model, split, device, "predict"))
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module, split: str, device: torch.device, part: str) -> Tensor:
