@@ -13,8 +13,8 @@ demo: $(VENV)/.ready ## the main job on real data that comes with the install; w
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
 
-test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm and torchvision
-	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
+test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm, torchvision and transformers
+	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations tests/models/test_language_model.py
 
 lint: $(VENV)/.ready ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt torch
-	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision]'
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision,text]'
 	touch $@
 
 clean: ## remove the environment and caches, keep runs

@@ -57,6 +57,73 @@ LOSS_CASES = {
         "`F.binary_cross_entropy_with_logits`": "binary_cross_entropy_with_logits, given",
     },
 }
+#: contrast -> its name in contrastive_regression.json, and what a row is called -> the form there
+CONTRAST_FORMS = {
+    "supremix": (
+        "SupReMix",
+        {
+            "`SupReMixLoss`": "hardmix, complete",
+            "mixtures not normalised and detached": "hardmix, released choices",
+            "the same with every mixture formed": "formed",
+        },
+    ),
+    "supcon": ("SupCon", {"`SupConLoss`": "hardmix", "the same from one N x N matrix": "matrix"}),
+    "rank-n-contrast": (
+        "Rank-N-Contrast",
+        {"`RankNContrastLoss`": "hardmix", "the same with a mask a column": "masks"},
+    ),
+}
+#: batch sizes of these tables, where the result file has more, and numbers a row
+CONTRAST_ROWS, CONTRAST_SIZE = (128, 512, 2048, 4096), 128
+#: group in regression_losses.json -> what its cases are a multiple of: the case there, its name; and what is timed
+PLAIN = {
+    "embeddings": (
+        "supcon, one matrix",
+        "supervised contrast from one N x N matrix",
+        "forward and backward, N rows of {size} numbers",
+    ),
+    "predictions": ("l1_loss", "`F.l1_loss`", "forward and backward, N predictions"),
+    "policies": ("random partners", "`Mixup` with random partners", "plan and blend, N rows of {size} numbers"),
+    "features": ("batch_norm", "`F.batch_norm`", "forward and backward, N rows of {size} numbers"),
+    "labels": ("sort", "a sort of the labels", "N labels"),
+}
+#: card -> what a row of its tables is called -> group and case in regression_losses.json
+REGRESSION_CASES = {
+    "adasupcon": {
+        "`AdaSupConLoss()`": ("embeddings", "adasupcon"),
+        "with a population of 20,000": ("embeddings", "adasupcon, population"),
+    },
+    "kernel-contrast": {
+        f'`kind="{kind}"`': ("embeddings", f"kernel-contrast, {kind}") for kind in ("y-aware", "exp", "threshold")
+    },
+    "conr": {"`ConRLoss()`": ("embeddings", "conr")},
+    "ranksim": {
+        "50 labels": ("embeddings", "ranksim"),
+        "N distinct labels": ("embeddings", "ranksim, distinct"),
+    },
+    "ordinal-entropy": {
+        "50 labels": ("embeddings", "ordinal-entropy"),
+        "N distinct labels": ("embeddings", "ordinal-entropy, distinct"),
+    },
+    "balanced-mse": {
+        '`kind="bmc"`': ("predictions", "balanced-mse, bmc"),
+        '`kind="gai"`, 8 components': ("predictions", "balanced-mse, gai"),
+    },
+    "regression": {
+        '`kind="l1"`': ("predictions", "regression, l1"),
+        '`kind="huber"`': ("predictions", "regression, huber"),
+    },
+    "focal-r": {"`FocalRLoss()`": ("predictions", "focal-r")},
+    "c-mixup": {
+        "`CMixup`": ("policies", "c-mixup"),
+        "partners from 20,000 labels alone": ("policies", "c-mixup, from a pool"),
+    },
+    "label-density": {
+        "`FeatureSmoothing`": ("features", "fds"),
+        "`FeatureSmoothing.update`": ("features", "fds, update"),
+        "`lds_weights`": ("labels", "lds"),
+    },
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,6 +178,28 @@ def objectives() -> str:
     return table(("in a recipe", "class", "function", "what it does", "settings"), rows)
 
 
+def regression_methods() -> str:
+    """What is made for numbers: contrasts, objectives of the head, a policy, label densities."""
+    rows = []
+    for name, cls in {**tables.CONTRASTS, **tables.REGRESSION_OBJECTIVES}.items():
+        functions = re.findall(r"`(\w+_loss)`", inspect.cleandoc(cls.__doc__ or "").splitlines()[0])
+        assert functions, (
+            f"{cls.__name__}: the docstring does not start with the functions that it remembers settings for"
+        )
+        place = "`[objective]`"
+        if name in tables.CONTRASTS:
+            place = "`[contrast]`, beside" if name in tables.JOINT_CONTRASTS else "`[contrast]`, before or beside"
+        rows.append(
+            (card(name), place, f"`{cls.__name__}`", ", ".join(f"`{f}`" for f in functions), summary_of_file(cls))
+        )
+    for name, cls in tables.REGRESSION_POLICIES.items():
+        rows.append((card(name), "`[policy]`", f"`{cls.__name__}`", "", summary(cls)))
+    density = losses.FeatureSmoothing
+    function = f"`{losses.lds_weights.__name__}`"
+    rows.append((card("label-density"), "`[density]`", f"`{density.__name__}`", function, summary_of_file(density)))
+    return table(("method", "in a recipe", "class", "function", "what it does"), rows)
+
+
 def card(name: str) -> str:
     return f"[{name}]({name}.md)"
 
@@ -120,9 +209,20 @@ def summary(thing: Any) -> str:
     text = " ".join(inspect.cleandoc(thing.__doc__ or "").split("\n\n")[0].split())
     sentence = re.split(r"(?<=\.)\s", text)[0].rstrip(".")
     name, colon, rest = sentence.partition(": ")
-    if colon and thing.__name__.replace("_", "").lower().startswith(name.replace(" ", "").lower()):
+    if colon and thing.__name__.replace("_", "").lower().startswith(re.sub(r"\W", "", name).lower()):
         sentence = rest
     return sentence[0].upper() + sentence[1:]
+
+
+def summary_of_file(cls: type) -> str:
+    """What the file of a class says it is, without the name before the colon where it is that of the file."""
+    module = sys.modules[cls.__module__]
+    text = " ".join((module.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+    name, colon, rest = text.partition(": ")
+    letters = re.sub(r"\W", "", name).lower()
+    if colon and letters == module.__name__.rpartition(".")[2].replace("_", ""):
+        text = rest
+    return text[0].upper() + text[1:]
 
 
 def example(cls: type[Policy], **options: Any) -> Policy:
@@ -216,6 +316,51 @@ def loss_cost(name: str) -> str:
     return f"{head}\n\n{table(('target', *(s.replace('x', ' x ') for s in shapes), 'peak memory'), rows)}"
 
 
+def contrast_cost(name: str) -> str:
+    """Milliseconds and megabytes of a contrast from the committed result file."""
+    command = "`python benchmarks/contrastive_regression.py`"
+    loss, forms = CONTRAST_FORMS[name]
+    found = {
+        (row["form"], row["rows"]): f"{row['ms']:,.1f} / {row['peak_mb']:,.0f}"
+        for row in _result("contrastive_regression.json").get("table", [])
+        if (row["loss"], row["size"]) == (loss, CONTRAST_SIZE)
+    }
+    if not found:
+        return f"{command} times it; no result is committed yet."
+    counts = [n for n in CONTRAST_ROWS if any(n == rows for _, rows in found)]
+    rows = [(title, *(found.get((form, n), "-") for n in counts)) for title, form in forms.items()]
+    head = (
+        f"Measured by {command}: forward and backward with one thread,\n"
+        f"milliseconds of CPU time / megabytes beyond the embeddings, {CONTRAST_SIZE} numbers a row, 50 labels."
+    )
+    return f"{head}\n\n{table(('', *(f'N = {n}' for n in counts)), rows)}"
+
+
+def regression_cost(name: str) -> str:
+    """Ratios of a method for numbers from the committed result file: a table for each thing it is compared with."""
+    command, result = "`python benchmarks/regression_losses.py`", _result("regression_losses.json")
+    found = {(row["group"], row["case"], row["rows"]): row for row in result.get("table", [])}
+    cases = REGRESSION_CASES[name]
+    groups = list(dict.fromkeys(group for group, _ in cases.values()))
+    if not any(group == groups[0] for group, _, _ in found):
+        return f"{command} times it; no result is committed yet."
+    counts = sorted({rows for _, _, rows in found})
+    how = "one thread, CPU time as a multiple of the first row's,\nand peak memory beyond the inputs."
+    parts = [f"Measured by {command}: {how}"]
+    for group in groups:
+        plain, called, work = PLAIN[group]
+        named = {called: plain, **{title: case for title, (its, case) in cases.items() if its == group}}
+        rows = []
+        for title, case in named.items():
+            timed = [found[group, case, n] for n in counts]
+            ratios = [f"{r:,.{2 if r < 0.5 else 1 if r < 100 else 0}f}" for r in (row["ratio"] for row in timed)]
+            rows.append((title, *ratios, f"{timed[-1]['ms']:,.2f}", f"{timed[-1]['peak_mb']:,.1f}"))
+        last = f"N = {counts[-1]}"
+        head = (work.format(size=result["size"]), *(f"N = {n}" for n in counts), f"ms, {last}", f"MB, {last}")
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
 def _result(name: str) -> dict[str, Any]:
     path = RESULTS / name
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -278,7 +423,7 @@ def _keys(prefix: str, model: Any) -> str:
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
             continue
-        assert field.description, f"{model.__name__}.{name} has no description in hardmix.train.recipe"
+        assert field.description, f"{model.__name__}.{name} has no description in hardmix.train.sections"
         default = "required" if field.is_required() else _toml(field.get_default(call_default_factory=True))
         if (prefix, name) == ("", "name"):
             default = "the file's name"
@@ -312,6 +457,7 @@ def _toml(value: Any) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "objectives": objectives,
+    "regression methods": regression_methods,
     "data sets": data_sets,
     "data commands": data_commands,
     "views": views,
@@ -319,6 +465,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
     **{f"cost of {name}": partial(mixing_cost, name) for name in TIMED},
     **{f"cost of {name}": partial(loss_cost, name) for name in LOSS_CASES},
+    **{f"cost of {name}": partial(contrast_cost, name) for name in CONTRAST_FORMS},
+    **{f"cost of {name}": partial(regression_cost, name) for name in REGRESSION_CASES},
 }
 
 if __name__ == "__main__":

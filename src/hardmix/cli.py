@@ -110,7 +110,8 @@ def run(
         loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
-        stages = SMOKE_STAGES if smoke and load_recipe(str(recipe), sets).contrast is not None else ()
+        contrast = load_recipe(str(recipe), sets).contrast if smoke else None
+        stages = SMOKE_STAGES if contrast is not None and contrast.epochs else ()
         loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else ()), *stages])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
@@ -190,6 +191,7 @@ def show(
 def data() -> None:
     """List the data sets: what each holds, where it was found or looked for, and the command that gets the rest."""
     from hardmix.data.catalog import survey
+    from hardmix.data.number_sets import NUMBER_SETS, find_numbers
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "what", "train + test", "licence", "found"):
@@ -201,20 +203,22 @@ def data() -> None:
         found = "no" if place.path is None else f"[green]{escape(place.path)}[/green]"
         table.add_row(escape(entry.name), escape(entry.title), count, escape(entry.license), found)
         if place.path is None:
-            missing.append(place)
-    table.add_row("diabetes", "442 patients: 10 numbers to a number", "442 rows", "BSD-3-Clause", _of_sklearn())
-    table.add_row("table", "your own CSV: --set data.path=FILE --set data.target=COLUMN", "", "yours", "")
+            missing.append((entry.name, entry.get, place.looked))
+    table.add_section()
+    for numbers in NUMBER_SETS.values():
+        where = find_numbers(numbers.name)
+        yours, count = not numbers.targets, f"{numbers.samples:,}" if numbers.samples else ""
+        held = f"the installed package {numbers.package}" if numbers.find is None else str(where.path)
+        found = f"[green]{escape(held)}[/green]" if where.path else "" if yours else "no"
+        title = f"{numbers.title} ({numbers.kind})"
+        table.add_row(escape(numbers.name), escape(title), count, escape(numbers.license), found)
+        if where.path is None:
+            missing.append((numbers.name, numbers.get, where.looked))
     console.print(table)
-    for place in missing:
-        console.print(f"\n[bold]{escape(place.entry.name)}[/bold]: {escape(place.get)}", soft_wrap=True)
-        if place.looked:
-            console.print(f"  looked in {escape(', '.join(place.looked))}", soft_wrap=True)
-
-
-def _of_sklearn() -> str:
-    from importlib.util import find_spec
-
-    return "[green]the installed package sklearn[/green]" if find_spec("sklearn") else "no"
+    for name, get, looked in missing:
+        console.print(f"\n[bold]{escape(name)}[/bold]: {escape(get)}", soft_wrap=True)
+        if looked:
+            console.print(f"  looked in {escape(', '.join(looked))}", soft_wrap=True)
 
 
 @app.command("list")
@@ -222,9 +226,10 @@ def list_names() -> None:
     """Recipes that come with the package, and the names that a recipe may use."""
     from hardmix import tables
     from hardmix.data.catalog import CATALOG
-    from hardmix.data.tables import TABLES
+    from hardmix.data.number_sets import NUMBER_SETS
     from hardmix.models.build import MODELS
-    from hardmix.train.recipe import TABLE_MODELS, read_toml, shipped
+    from hardmix.models.encoders import ENCODERS
+    from hardmix.train.recipe import read_toml, shipped
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("recipe")
@@ -239,9 +244,9 @@ def list_names() -> None:
         "data sets": CATALOG,
         "for regression, policies": tables.REGRESSION_POLICIES,
         "objectives of the head": tables.REGRESSION_OBJECTIVES,
-        "objectives of the pre-training": tables.CONTRASTS,
-        "models of tables": TABLE_MODELS,
-        "tables": TABLES,
+        "contrasts": tables.CONTRASTS,
+        "encoders": ENCODERS,
+        "sets of numbers": NUMBER_SETS,
     }.items():
         console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
 

@@ -30,8 +30,8 @@ OBJECTIVES: dict[str, type] = {
     "decoupled-mixup-bce": losses.DecoupledMixupBCELoss,
 }
 
-#: Those that mix whole samples, and so rows of a table.
-ROW_POLICIES = ("mixup", "manifold-mixup")
+#: Policies that mix whole samples, of whatever shape; the others mix parts of them.
+WHOLE_POLICIES = ("mixup", "manifold-mixup")
 
 #: Policies that pair by labels that are numbers.
 REGRESSION_POLICIES: dict[str, type] = {"c-mixup": mixing.CMixup}
@@ -40,11 +40,20 @@ REGRESSION_POLICIES: dict[str, type] = {"c-mixup": mixing.CMixup}
 REGRESSION_OBJECTIVES: dict[str, type] = {
     "regression": losses.RegressionLoss,
     "focal-r": losses.FocalRLoss,
+    "balanced-mse": losses.BalancedMSELoss,
 }
 
-#: Objectives that pre-train a regression model's encoder.
+#: Objectives of a regression model's embeddings, before the head is trained or together with it.
 CONTRASTS: dict[str, type] = {
     "supremix": losses.SupReMixLoss,
     "supcon": losses.SupConLoss,
     "rank-n-contrast": losses.RankNContrastLoss,
+    "adasupcon": losses.AdaSupConLoss,
+    "kernel-contrast": losses.KernelContrastLoss,
+    "ranksim": losses.RankSimLoss,
+    "ordinal-entropy": losses.OrdinalEntropyLoss,
+    "conr": losses.ConRLoss,
 }
+
+#: Those that are made to stand beside a head's loss, and act on the features that the head reads.
+JOINT_CONTRASTS = frozenset({"ranksim", "ordinal-entropy", "conr"})

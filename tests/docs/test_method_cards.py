@@ -15,14 +15,31 @@ import pytest
 import torch
 
 from docs.test_documents import blocks
-from hardmix import tables
+from hardmix import losses, tables
 from hardmix.models.build import MODELS, build_model
-from hardmix.train.recipe import build_objective, build_policy, check_recipe, tomllib
+from hardmix.train.components import build_contrast, build_objective, build_policy
+from hardmix.train.recipe import check_recipe, tomllib
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods"
-ENTRIES = {**tables.POLICIES, **tables.OBJECTIVES}
+CLASSIFICATION = {**tables.POLICIES, **tables.OBJECTIVES}
+REGRESSION = {**tables.CONTRASTS, **tables.REGRESSION_OBJECTIVES, **tables.REGRESSION_POLICIES}
+#: a card -> the function and the class that share it, none of them a name in a recipe
+SHARED = {"label-density": (losses.lds_weights, losses.FeatureSmoothing)}
+ENTRIES: dict[str, tuple[Any, ...]] = {
+    **{name: (cls,) for name, cls in (CLASSIFICATION | REGRESSION).items()},
+    **SHARED,
+}
 HEADINGS = ["Equation", "Use", "Settings", "Cost", "When not to use it", "Edges", "Reference"]
+#: what the recipe of a card for numbers leaves unsaid
+NUMBERS: dict[str, Any] = {
+    "name": "card",
+    "task": "regression",
+    "data": {"name": "diabetes"},
+    "model": {"name": "mlp"},
+    "objective": {"name": "regression"},
+    "train": {"epochs": 100},
+}
 
 
 def sections(page: Path) -> dict[str, str]:
@@ -57,55 +74,74 @@ def test_headings_and_length(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_settings_are_the_arguments_with_their_defaults(name: str) -> None:
-    expected = {
-        key: "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
-        for key, parameter in inspect.signature(ENTRIES[name]).parameters.items()
-    }
-    assert settings_table(card(name)["Settings"]) == expected
+    """A card of several things has a table for each, under its name."""
+    text = card(name)["Settings"]
+    for thing in ENTRIES[name]:
+        expected = {
+            key: "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
+            for key, parameter in inspect.signature(thing).parameters.items()
+        }
+        part = text if len(ENTRIES[name]) == 1 else text.partition(f"### `{thing.__name__}`\n")[2].partition("\n###")[0]
+        assert settings_table(part) == expected
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_edges_speak_of_what_every_card_has_to_settle(name: str) -> None:
     text = " ".join(card(name)["Edges"].split())
-    for subject in ("N = 1", "[Oo]dd batch", "square|shape", "[Hh]alf types", "[Ss]ame class"):
+    same = "[Ss]ame class" if name in CLASSIFICATION else "[Ee]qual labels|labels equal"
+    for subject in ("N = 1", "[Oo]dd batch", "square|[Ss]hape", "[Hh]alf types", same):
         assert re.search(subject, text), subject
+    if name not in CLASSIFICATION and name not in tables.REGRESSION_OBJECTIVES:
+        assert "NaN" in text
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_reference_is_that_of_the_docstrings(name: str) -> None:
-    cls = ENTRIES[name]
-    documents = [cls.__doc__ or ""]
-    remembers = re.match(r"`(\w+)` with its settings", inspect.cleandoc(documents[0]))
-    if remembers:
-        documents.append(getattr(sys.modules[cls.__module__], remembers[1]).__doc__ or "")
+    documents = []
+    for thing in ENTRIES[name]:
+        documents.append(inspect.cleandoc(thing.__doc__ or ""))
+        for function in re.findall(r"`(\w+_loss)`", documents[-1].splitlines()[0]):
+            documents.append(getattr(sys.modules[thing.__module__], function).__doc__ or "")
     text = card(name)["Reference"]
-    for number in {number for document in documents for number in re.findall(r"arXiv:(\d{4}\.\d{5})", document)}:
+    numbers = {number for document in documents for number in re.findall(r"arXiv:(\d{4}\.\d{5})", document)}
+    assert numbers or name in CLASSIFICATION
+    for number in numbers:
         assert number in text, number
     assert re.search(r"\b(19|20)\d\d\b", text), "a reference has a year"
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_the_code_uses_the_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block makes an instance and calls it."""
-    cls: Any = ENTRIES[name]
-    forward, called = cls.forward, []
+def test_the_code_uses_what_the_card_is_about(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block makes an instance and calls it, or calls the function."""
+    called = set()
 
-    def spy(self: Any, *args: Any, **options: Any) -> Any:
-        called.append(self)
-        return forward(self, *args, **options)
+    def spy(thing: Any, function: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            called.add(thing)
+            return function(*args, **options)
 
-    monkeypatch.setattr(cls, "forward", spy)
+        return run
+
+    for thing in ENTRIES[name]:
+        if inspect.isclass(thing):
+            monkeypatch.setattr(thing, "forward", spy(thing, thing.forward))
+        else:
+            monkeypatch.setattr(losses, thing.__name__, spy(thing, thing))
     space: dict = {"__name__": "__card__"}
     for text in blocks(METHODS / f"{name}.md", "python"):
         exec(compile(text, f"{name}.md", "exec"), space)
-    assert called
+    assert called == set(ENTRIES[name])
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+def snippets(name: str) -> list[dict[str, Any]]:
+    found = [tomllib.loads(text) for text in blocks(METHODS / f"{name}.md", "toml")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
 def test_recipes_of_a_card_load_and_name_it(name: str) -> None:
-    snippets = [tomllib.loads(text) for text in blocks(METHODS / f"{name}.md", "toml")]
-    assert snippets
-    for table in snippets:
+    for table in snippets(name):
         recipe = check_recipe({"name": "card", **table}, name)
         assert name in names_in(table)
         model = build_model(recipe.model.name, num_classes=10, in_channels=3, image_size=32, **recipe.model.options)
@@ -116,6 +152,30 @@ def test_recipes_of_a_card_load_and_name_it(name: str) -> None:
         assert criterion(model(x), target).isfinite()
 
 
+@pytest.mark.parametrize("name", REGRESSION)
+def test_recipes_of_a_card_for_numbers_load_and_name_it(name: str) -> None:
+    labels = torch.linspace(-2.0, 2.0, 16).repeat(2)
+    for table in snippets(name):
+        recipe = check_recipe({**NUMBERS, **table}, name)
+        assert name in names_in(table)
+        x, target = torch.randn(32, 5), labels
+        if recipe.policy is not None:
+            x, target = build_policy(recipe.policy, None)(x, labels)
+        assert build_objective(recipe.objective, labels)(x.mean(1), target).isfinite()
+        if recipe.contrast is not None:
+            contrast = build_contrast(recipe.contrast.objective, labels)
+            alike = [torch.zeros(32)] * ("predictions" in inspect.signature(contrast.forward).parameters)
+            assert contrast(torch.randn(32, 5), labels, *alike) != 0
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_recipes_of_a_shared_card_load(name: str) -> None:
+    for table in snippets(name):
+        recipe = check_recipe({**NUMBERS, **table}, name)
+        assert recipe.density.lds
+        assert recipe.density.fds
+
+
 def names_in(value: object) -> set[str]:
     """The values of every key "name", however deep."""
     if isinstance(value, Mapping):
@@ -124,10 +184,11 @@ def names_in(value: object) -> set[str]:
     return set().union(*map(names_in, value)) if isinstance(value, list) else set()
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/methods/README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_recipes_of_the_pages_load(page: str) -> None:
-    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
-    for text in blocks(path, "toml"):
+    for text in blocks(ROOT / page, "toml"):
         check_recipe({"name": "page", **tomllib.loads(text)}, page)
 
 
@@ -239,3 +300,49 @@ def test_measured_costs_of_objectives_come_from_the_result_file(
     text = tool.PARTS["cost of decoupled-mixup"]()
     assert "| target | 128 x 1000 | peak memory |" in text
     assert "| MixedTarget | 1.5 (2.2) | 2.0 |" in text
+
+
+def test_measured_costs_of_contrasts_come_from_the_result_file(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    assert "no result is committed yet" in tool.PARTS["cost of supremix"]()
+    row = {"loss": "SupReMix", "size": 128, "ms": 8.44, "peak_mb": 3122.3}
+    forms = [
+        ("hardmix, complete", 128),
+        ("hardmix, released choices", 128),
+        ("formed", 128),
+        ("hardmix, complete", 512),
+    ]
+    found = [{**row, "form": form, "rows": rows} for form, rows in forms]
+    other = [{**row, "form": "hardmix, complete", "rows": 2048, "size": 512}]
+    (tmp_path / "contrastive_regression.json").write_text(json.dumps({"table": found + other}))
+    text = tool.PARTS["cost of supremix"]()
+    assert "| N = 128 | N = 512 |" in text
+    assert "| `SupReMixLoss` | 8.4 / 3,122 | 8.4 / 3,122 |" in text
+    assert "| the same with every mixture formed | 8.4 / 3,122 | - |" in text
+    assert "2048" not in text
+
+
+def test_measured_costs_for_numbers_come_from_the_result_file(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    assert "no result is committed yet" in tool.PARTS["cost of focal-r"]()
+    numbers = [("l1_loss", 1.0, 0.02), ("focal-r", 12.34, 0.25)]
+    found = [
+        {"group": "predictions", "case": case, "rows": rows, "ms": ms, "ratio": ratio, "peak_mb": 1.5}
+        for case, ratio, ms in numbers
+        for rows in (128, 512)
+    ]
+    (tmp_path / "regression_losses.json").write_text(json.dumps({"size": 64, "table": found}))
+    text = tool.PARTS["cost of focal-r"]()
+    assert "| N = 128 | N = 512 | ms, N = 512 | MB, N = 512 |" in text
+    assert "| `F.l1_loss` | 1.0 | 1.0 | 0.02 | 1.5 |" in text
+    assert "| `FocalRLoss()` | 12.3 | 12.3 | 0.25 | 1.5 |" in text
+    assert "no result is committed yet" in tool.PARTS["cost of conr"]()
+
+
+def test_the_committed_results_have_every_case_of_the_tables(tool: Any) -> None:
+    for name in [*tool.CONTRAST_FORMS, *tool.REGRESSION_CASES]:
+        assert "no result is committed yet" not in tool.PARTS[f"cost of {name}"](), name

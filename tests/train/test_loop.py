@@ -15,7 +15,7 @@ from hardmix.train import state
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer
 from hardmix.train.log import RunLog
-from hardmix.train.loop import lr_factor, run_recipe
+from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
 from hardmix.train.tasks.classification import Classification
 
@@ -245,13 +245,3 @@ def test_every_kind_of_section_trains(tmp_path, sections):
     assert summary["finished"]
     assert 0.0 <= summary["test"]["top1"] <= 1.0
     assert torch.tensor(summary["test"]["nll"]).isfinite()
-
-
-def test_lr_factor_warms_up_and_ends_near_zero():
-    factors = [lr_factor(step, 100, 10) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == pytest.approx(1.0)
-    assert factors[10] == pytest.approx(1.0)
-    assert factors == [*factors[:10], *sorted(factors[10:], reverse=True)]
-    assert 0.0 < factors[-1] < 1e-3
-    assert lr_factor(0, 1, 0) == 1.0

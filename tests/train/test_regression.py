@@ -51,8 +51,8 @@ def test_a_run_measures_the_target_in_its_own_unit(two_stages) -> None:
     summary = json.loads((two_stages / "summary.json").read_text())
     assert summary["objective"] == "supremix + l1"
     assert summary["data"] | {"source": "", "license": ""} == {
-        "name": "diabetes", "train": 96, "validation": 44, "test": 88, "features": 10, "target": "progression",
-        "source": "", "license": "",
+        "name": "diabetes", "kind": "rows", "train": 96, "validation": 44, "test": 88, "features": 10,
+        "target": "progression", "source": "", "license": "",
     }  # fmt: skip
     scatter = summary["scatter"]
     errors = [abs(p - y) for p, y in zip(scatter["prediction"], scatter["label"], strict=True)]
@@ -97,9 +97,9 @@ def test_resuming_is_bit_exact(step, two_stages, tmp_path, monkeypatch) -> None:
 
 def test_label_statistics_come_from_the_checkpoint(two_stages) -> None:
     run = load_run(two_stages)
-    labels = run.task.table.labels[run.task.rows["train"]].double()
-    assert float(run.task.scale.mean) == pytest.approx(labels.mean().item(), rel=1e-6)
-    assert float(run.task.scale.std) == pytest.approx(labels.std(correction=0).item(), rel=1e-6)
+    labels = run.task.data.labels("train")
+    assert float(run.task.data.scale.mean) == pytest.approx(labels.mean().item(), rel=1e-6)
+    assert float(run.task.data.scale.std) == pytest.approx(labels.std(correction=0).item(), rel=1e-6)
     summary = json.loads((two_stages / "summary.json").read_text())
     assert evaluate_run(two_stages)["test"] == summary["test"]
 
@@ -167,8 +167,14 @@ def test_a_table_of_ones_own(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"name": "digits"}}, 'task is "regression" but data.name is "digits"; tables are for regression'),
-        ({"model": {"name": "small-cnn", "options": {}}}, 'model.name is "small-cnn" but data.name is "diabetes"'),
+        (
+            {"data": {"name": "digits"}},
+            'task is "regression" but data.name is "digits"; its sets are diabetes, airfoil',
+        ),
+        (
+            {"model": {"name": "small-cnn", "options": {}}},
+            'model.name is "small-cnn", which takes images, but data.name is "diabetes", which holds rows',
+        ),
         ({"model": {"options": {"widht": 3}}}, 'unknown option of model "mlp": widht (did you mean "width"?)'),
         ({"objective": {"name": "soft-bce", "kind": None}}, 'objective "soft-bce" is not one of task "regression"'),
         ({"contrast": {**CONTRAST, "epochs": 6}}, "contrast.epochs is 6 but train.epochs is 6; leave some"),

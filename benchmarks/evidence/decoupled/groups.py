@@ -113,6 +113,7 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
             made[f"cifar10-{samples}-small"] = group("cifar10", samples, resnet, pair, cnn)
             made[f"cifar10-{samples}-small-rest"] = group("cifar10", samples, resnet, rest, cnn)
             made[f"cifar10-{samples}-bce"] = group("cifar10", samples, large, binary_methods(), gpu)
+            made[f"cifar10-{samples}-small-bce"] = group("cifar10", samples, resnet, binary_methods(), cnn)
             made[f"cifar10-{samples}-vit"] = group("cifar10", samples, vit, pair, vit_train)
     return made
 

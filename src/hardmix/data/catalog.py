@@ -17,6 +17,7 @@ from hardmix.data import cifar, hub, idx, packaged
 from hardmix.data.decode import shown
 from hardmix.data.folder import load_folder
 from hardmix.data.images import ImageData, TensorImages, channel_statistics
+from hardmix.data.places import usual_places
 
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training pixels, training labels, test pixels, test labels
 Find = Callable[[Path], Path | None]
@@ -255,10 +256,7 @@ def survey() -> list[Whereabouts]:
 def _usual_places(entry: Entry) -> list[Path]:
     if not entry.forms:
         return []
-    root = os.environ.get("HARDMIX_DATA")
-    places = [Path(root).expanduser() / entry.name] if root else []
-    places += [Path("data") / entry.name, Path.home() / ".cache" / "hardmix" / entry.name]
-    return places + [Path(place) for place in entry.places]
+    return usual_places(entry.name) + [Path(place) for place in entry.places]
 
 
 def _holder(entry: Entry, folder: Path) -> Path | None:

@@ -88,14 +88,16 @@ def _shares(size: Tensor, samples: int, low: Tensor, high: Tensor) -> Tensor:
     The bounds come first; whatever they force is then given to, or taken from, the classes furthest from their exact
     share.
     """
-    exact = size.double() * samples / size.sum()
-    count = torch.minimum(torch.maximum(exact.floor().long(), low), high)
+    total = int(size.sum())
+    exact = size * samples  # times total: in whole numbers equal remainders are equal
+    count = torch.minimum(torch.maximum(exact // total, low), high)
     while (missing := samples - int(count.sum())) != 0:
         step = 1 if missing > 0 else -1
-        lack = (exact - count) * step
-        lack[(count >= high) if step > 0 else (count <= low)] = -torch.inf
+        lack = (exact - count * total) * step
+        full = (count >= high) if step > 0 else (count <= low)
+        lack[full] = torch.iinfo(torch.long).min
         # stable, so that ties go to the lower class
-        take = torch.argsort(lack, descending=True, stable=True)[: min(abs(missing), int((lack > -torch.inf).sum()))]
+        take = torch.argsort(lack, descending=True, stable=True)[: min(abs(missing), int((~full).sum()))]
         count[take] += step
     return count
 

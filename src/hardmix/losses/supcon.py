@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hardmix.losses.supremix import supremix_loss
+from hardmix.losses.supremix import check_options, supremix_loss
 
 
 def supcon_loss(
@@ -57,6 +57,8 @@ class SupConLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        who = type(self).__name__
+        check_options(who, None, temperature, (1.0, 1.0), weighting, label_scale, label_tolerance, False, reduction)
         self.temperature = temperature
         self.weighting = weighting
         self.label_scale = label_scale

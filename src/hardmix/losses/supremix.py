@@ -105,7 +105,7 @@ def supremix_loss(
     1.6094
     """
     who = "supremix_loss"
-    _check_options(who, window, temperature, beta, weighting, label_scale, label_tolerance, mix_pos, reduction)
+    check_options(who, window, temperature, beta, weighting, label_scale, label_tolerance, mix_pos, reduction)
     if max_mixtures is not None:
         _check.integer(who, "max_mixtures", max_mixtures, 1)
     cpu_generator(who, generator)
@@ -171,7 +171,7 @@ class SupReMixLoss(nn.Module):
         if isinstance(label_scale, str):
             _check.choice(who, "label_scale", label_scale, ("std",))
         scale = 1.0 if isinstance(label_scale, str) else label_scale
-        _check_options(who, window, temperature, beta, weighting, scale, label_tolerance, mix_pos, reduction)
+        check_options(who, window, temperature, beta, weighting, scale, label_tolerance, mix_pos, reduction)
         self.temperature = temperature
         self.window = window
         self.beta = beta
@@ -228,7 +228,7 @@ class SupReMixLoss(nn.Module):
         )
 
 
-def _check_options(
+def check_options(
     who: str,
     window: float | None,
     temperature: float,

@@ -3,6 +3,7 @@
 from hardmix.metrics.calibration import adaptive_calibration_error, calibration_metrics, fit_temperature
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
 from hardmix.metrics.corruptions import corrupt
+from hardmix.metrics.label_errors import ShotBins, error_by_label, principal_components, shot_bins, shot_errors
 from hardmix.metrics.regression import local_linearity, ordinality, regression_metrics, shot_metrics
 from hardmix.metrics.robustness import (
     corruption_accuracy,
@@ -15,11 +16,13 @@ from hardmix.metrics.statistics import Interval, PairedTest, holm, mean_interval
 __all__ = [
     "Interval",
     "PairedTest",
+    "ShotBins",
     "adaptive_calibration_error",
     "calibration_metrics",
     "classification_metrics",
     "corrupt",
     "corruption_accuracy",
+    "error_by_label",
     "fgsm_accuracy",
     "fit_temperature",
     "holm",
@@ -31,7 +34,10 @@ __all__ = [
     "occlusion_accuracy",
     "ordinality",
     "paired_test",
+    "principal_components",
     "regression_metrics",
     "reliability",
+    "shot_bins",
+    "shot_errors",
     "shot_metrics",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from hardmix.report.folder import Curve
-from hardmix.report.text import number, plain, visible
+from hardmix.report.text import number, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,30 +199,6 @@ def reliability(diagram: dict[str, Any], alt: str) -> Plot | None:
     below.set_ylabel("count", labelpad=14)
     below.grid(visible=False)
     return _finish(figure, alt)
-
-
-def truth(scatter: Any, width: int) -> Plot | None:
-    """Predictions against labels with the line on which they agree; None where there are none."""
-    columns = [scatter.get(key) if isinstance(scatter, dict) else None for key in ("label", "prediction")]
-    if not all(isinstance(column, list) for column in columns):
-        return None
-    pairs = [
-        (x, y)
-        for x, y in (map(number, pair) for pair in zip(*columns, strict=False))
-        if x is not None and y is not None
-    ]
-    if not pairs:
-        return None
-    labels, predictions = zip(*pairs, strict=True)
-    low, high = min(*labels, *predictions), max(*labels, *predictions)
-    figure, axes = _axes(width, 260)
-    axes.plot([low, high], [low, high], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
-    axes.scatter(labels, predictions, s=9, color=COLORS[1], alpha=0.6, linewidths=0)
-    axes.set_xlabel(visible(scatter.get("target") or "truth", 40))
-    axes.set_ylabel("prediction")
-    return _finish(
-        figure, f"{len(pairs)} test rows, true values from {plain(min(labels), 3)} to {plain(max(labels), 3)}."
-    )
 
 
 def cost(rows: Sequence[Level], seconds: Sequence[float], alt: str, *, y_label: str, percent: bool) -> Plot:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from hardmix.report import plots
+from hardmix.report import number_plots, plots
 from hardmix.report.folder import MAX_SAMPLES, RunFolder
 from hardmix.report.plots import Line, Plot
 from hardmix.report.robustness_plots import section
@@ -59,6 +59,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "facts": _facts(summary),
         "notes": notes,
         "metrics": [_reading(key, value) for key, value in test.items() if not is_mixed(key)],
+        "predictions": number_plots.predictions(summary),
         "curves": run_curves(run),
         "reliability": reliability,
         "reliability_caption": Markup(plots.RELIABILITY_CAPTION),
@@ -132,12 +133,7 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         if x:
             alt = f"{caption[:-1]}, from {plain(y[0], 3)} to {plain(y[-1], 3)}."
             drawn.append((plots.curves([Line(x, y, 1)], alt, y_label=label, zero=key == "lr", width=WIDE), caption))
-    scatter = plots.truth(dig(run.summary, "scatter"), WIDE)
-    return (
-        drawn
-        if scatter is None
-        else [(scatter, "Prediction against truth on test rows; on the line they agree."), *drawn]
-    )
+    return drawn
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -39,6 +39,17 @@ METRICS = {
     "r2": Metric("R2", "share of the variance of the target that is explained"),
     "pearson": Metric("Pearson", "linear correlation of prediction and truth"),
     "spearman": Metric("Spearman", "rank correlation of prediction and truth"),
+    "mae_many": Metric(
+        "MAE many-shot",
+        "mean absolute error where labels are frequent in training: more than 5/6 of the mean over bins of the label",
+        lower_is_better=True,
+    ),
+    "mae_medium": Metric("MAE medium-shot", "mean absolute error where they are less frequent", lower_is_better=True),
+    "mae_few": Metric(
+        "MAE few-shot",
+        "mean absolute error where they are rare or missing: less than 1/6 of that mean",
+        lower_is_better=True,
+    ),
     "ordinality": Metric("ordinality", "rank correlation of distances between features with distances in the target"),
     "local_linearity": Metric(
         "non-linearity",
@@ -54,6 +65,9 @@ MIXED = {
     "top2": ("in top 2", "mean over the two mixed classes of being among the two most likely"),
     "either": ("either class", "the most likely class is one of the two mixed ones"),
 }
+
+#: what a sample may be, see `hardmix.data.numbers`; a report needs nothing else of that module
+KINDS = ("rows", "series", "images", "volumes", "texts")
 
 TITLES = {
     "mixup": "Mixup",
@@ -80,6 +94,12 @@ TITLES = {
     "supremix": "SupReMix",
     "supcon": "SupCon",
     "rank-n-contrast": "Rank-N-Contrast",
+    "adasupcon": "AdaSupCon",
+    "kernel-contrast": "kernel contrast",
+    "ranksim": "RankSim",
+    "ordinal-entropy": "Ordinal Entropy",
+    "conr": "ConR",
+    "balanced-mse": "Balanced MSE",
 }
 
 
@@ -137,7 +157,8 @@ def title_of(name: Any) -> str:
 
 def things_of(summary: Any) -> str:
     """What a run's data set is made of."""
-    return "rows" if dig(summary, "task") == "regression" else "images"
+    kind = dig(summary, "data", "kind")
+    return kind if isinstance(kind, str) and kind in KINDS else "images"
 
 
 def method_title(policy: Any, objective: Any) -> str:

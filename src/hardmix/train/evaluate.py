@@ -46,6 +46,8 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     for name, module in task.modules().items():
         if name in saved.tensors:
             module.load_state_dict(saved.tensors[name])
+    if recipe.train.channels_last and task.layout is not None:  # as in training: sums are rounded in the same order
+        task.model.to(memory_format=task.layout)  # type: ignore[call-overload]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device == "auto" else "cpu")
     return LoadedRun(task, task.to(device).model.eval(), device, saved.state["step"])
 

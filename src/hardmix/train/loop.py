@@ -24,6 +24,7 @@ from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.log import NoLog, RunLog
 from hardmix.train.recipe import Recipe, load_recipe
+from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
 from hardmix.train.state import (
     clean_leftovers,
@@ -111,15 +112,16 @@ class _Run:
             )
         # Weights to start from are not needed by a run that has a checkpoint of its own.
         self.task = TASKS[recipe.task](recipe, pretrained=last is None).to(self.device)
-        if recipe.train.channels_last:
-            self.task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.train.channels_last and self.task.layout is not None:
+            self.task.model.to(memory_format=self.task.layout)  # type: ignore[call-overload]
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, _optimizer(self.task.model, recipe))
         self.extra = self.task.modules()
         self.ema: AveragedModel | None = None
         if recipe.train.ema:
             average = get_ema_multi_avg_fn(recipe.train.ema)
             self.ema = AveragedModel(self.task.model, multi_avg_fn=average, use_buffers=True)
-        self.batch_size = min(recipe.train.batch_size, self.task.num_train)
+        self.schedule = Schedule(self.task.stages(), recipe.train.batch_size, recipe.train.warmup_epochs)
+        self.batch_size, self.steps = self.schedule.batch_size, self.schedule.steps
         smallest = accelerator.num_processes * recipe.train.accumulate
         if self.batch_size < smallest:
             raise RunError(
@@ -128,8 +130,6 @@ class _Run:
             )
         if recipe.contrast is not None and accelerator.num_processes > 1:
             raise RunError("a recipe with a contrast section trains in one process; start it without a launcher.")
-        self.steps_per_epoch = self.task.num_train // self.batch_size
-        self.steps = self.steps_per_epoch * recipe.train.epochs
         self.step, self.seconds = 0, 0.0
         self.best, self.best_step = -math.inf, None  # type: float, int | None
         self.validation: dict[str, float] = {}
@@ -162,7 +162,7 @@ class _Run:
             ):
                 progress(self._progress(values, rate or (self.step - first) * self.batch_size / max(now - since, 1e-9)))
                 told = now
-            if self.step % self.steps_per_epoch == 0:
+            if self.schedule.epochs_done(self.step).is_integer():
                 self._end_of_epoch(started)
             if signum := largest(stop.signum):
                 self._save(started)
@@ -212,10 +212,13 @@ class _Run:
         """(step, sample numbers, raw batch) from the current step to the end; workers only read and decode."""
         from torch.utils.data import DataLoader
 
-        for epoch in range(self.step // self.steps_per_epoch, self.recipe.train.epochs):
-            order = torch.randperm(self.task.num_train, generator=generator(self.recipe.seed, "order", epoch))
-            first = self.step - epoch * self.steps_per_epoch
-            groups = list(order.split(self.batch_size))[first : self.steps_per_epoch]
+        while self.step < self.steps:
+            at = self.schedule.place(self.step)
+            self.task.start_epoch(at.stage)
+            order = torch.randperm(
+                self.schedule.stages[at.stage].samples, generator=generator(self.recipe.seed, "order", at.epoch)
+            )
+            groups = list(order.split(self.batch_size))[at.offset : self.schedule.steps_per_epoch[at.stage]]
             groups = [my_part(group) for group in groups]
             loader = DataLoader(
                 _Batches(self.task.load),
@@ -223,17 +226,18 @@ class _Run:
                 batch_size=None,
                 num_workers=self.recipe.data.workers,
                 pin_memory=self.device.type == "cuda",
-                generator=generator(self.recipe.seed, "workers", epoch),
+                generator=generator(self.recipe.seed, "workers", at.epoch),
             )
+            first = self.step
             for offset, (index, raw) in enumerate(zip(groups, loader, strict=True)):
-                yield epoch * self.steps_per_epoch + first + offset, index, raw
+                yield first + offset, index, raw
 
     def _one_step(self, step: int, index: Tensor, raw: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Forward, backward, one move of the optimizer. The loss is looked at before anything moves."""
         train, rank = self.recipe.train, self.accelerator.process_index
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step)
+            group["lr"] = self.schedule.lr(step)
         self.task.start_step(step / self.steps)
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, rank))
         totals: dict[str, Tensor] = {}
@@ -257,17 +261,6 @@ class _Run:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
         return totals
 
-    def _lr(self, step: int) -> float:
-        """Each stage of a run warms up and falls to 0 by itself."""
-        train, contrast = self.recipe.train, self.recipe.contrast
-        warmup = round(train.warmup_epochs * self.steps_per_epoch)
-        if contrast is None:
-            return train.lr * lr_factor(step, self.steps, warmup)
-        first = contrast.epochs * self.steps_per_epoch
-        if step < first:
-            return train.lr * lr_factor(step, first, warmup)
-        return contrast.head_lr * lr_factor(step - first, self.steps - first, warmup)
-
     def _not_finite(self, step: int, index: Tensor, batch: tuple[Tensor, ...], loss: float) -> str:
         """Who is to blame: the images, the weights, or the step itself."""
         names = self.task.names(index)
@@ -283,9 +276,10 @@ class _Run:
         return f"the loss is {loss} at step {step}; the first tensor that is not finite is {culprit}; samples: {ids}."
 
     def _end_of_epoch(self, started: float) -> None:
-        epoch = self.step // self.steps_per_epoch
-        last = epoch == self.recipe.train.epochs
+        epoch = round(self.schedule.epochs_done(self.step))
+        last = self.step == self.steps
         improved = False
+        self.task.end_epoch(self.accelerator.unwrap_model(self.model), self.device)
         if last or epoch % self.recipe.eval.every == 0:
             with self.accelerator.autocast():
                 self.validation = self.task.validate(self._eval_model(), self.device)
@@ -316,7 +310,7 @@ class _Run:
         sums = mean_over_ranks(self.sums)
         values = {key: value.item() / (self.step - self.logged) for key, value in sums.items()}
         self.sums, self.logged = {}, self.step
-        epoch = round(self.step / self.steps_per_epoch, 4)
+        epoch = round(self.schedule.epochs_done(self.step), 4)
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self._writing("the log"):
             self.log.metrics({"kind": "train", "step": self.step, "epoch": epoch, **values, "lr": lr})
@@ -324,8 +318,8 @@ class _Run:
 
     def _progress(self, values: dict[str, Tensor], rate: float) -> dict[str, Any]:
         now = {key: value.item() for key, value in values.items()}
-        epoch = min(self.step // self.steps_per_epoch + 1, self.recipe.train.epochs)
-        epochs = self.recipe.train.epochs
+        epochs = self.schedule.epochs
+        epoch = min(int(self.schedule.epochs_done(self.step)) + 1, epochs)
         return {"step": self.step, "steps": self.steps, "epoch": epoch, "epochs": epochs, "images_per_s": rate, **now}
 
     def _eval_model(self) -> nn.Module:
@@ -401,13 +395,6 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, ...]:
         return self.load(index)
-
-
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _accelerator(recipe: Recipe) -> Any:

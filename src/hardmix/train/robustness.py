@@ -57,6 +57,7 @@ from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.target import MixedTarget
 from hardmix.train.evaluate import LoadedRun, load_run
 from hardmix.train.files import write_json
+from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
 from hardmix.train.state import best_step, list_steps
 from hardmix.train.tasks import Classification
@@ -314,14 +315,13 @@ def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held
     """Accuracy of the final weights on training images, unmixed and mixed as in the last step, and what is possible."""
     task, train = run.task, run.task.recipe.train
     images, labels = _subset(task.train_set, samples)
-    batch = min(train.batch_size, task.num_train)
-    per_epoch = task.num_train // batch
-    task.start_step((run.step - 1) / (per_epoch * train.epochs))
+    schedule = Schedule(task.stages(), train.batch_size, train.warmup_epochs)
+    task.start_step((run.step - 1) / schedule.steps)
     # A hidden layer is mixed in training mode only: the final weights can't be asked in evaluation mode.
     hidden = [m for m in task.policy.modules() if isinstance(m, ManifoldMixup)] if task.policy is not None else []
     right, possible = 0.0, 0.0
     order = torch.randperm(len(images), generator=generator(0, "probe"))
-    for part, index in enumerate(order.split(batch)):
+    for part, index in enumerate(order.split(schedule.batch_size)):
         draws = generator(0, "probe-mix", part)
         x = task.augment(images[index], generator=draws).to(torch.float32).to(run.device) / 255.0
         y = labels[index].to(run.device)
@@ -341,7 +341,7 @@ def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held
         "clean": accuracy(model, images, labels, device=run.device),
         "mixed": None if hidden else right / len(images),
         "ceiling": possible / len(images),
-        "logged": _logged(folder, run.step - per_epoch, run.step),
+        "logged": _logged(folder, run.step - schedule.steps_per_epoch[-1], run.step),
         "validation": validation,
     }
 

@@ -10,8 +10,9 @@ import torch
 from hardmix.data.catalog import load_images
 from hardmix.models.build import build_model
 from hardmix.tables import REGRESSION_POLICIES
+from hardmix.train.components import Component, build_policy
 from hardmix.train.files import write_bytes
-from hardmix.train.recipe import Component, build_policy, parse_options
+from hardmix.train.recipe import parse_options
 from hardmix.train.seeds import generator
 
 

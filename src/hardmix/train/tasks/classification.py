@@ -17,7 +17,9 @@ from hardmix.metrics.classification import classification_metrics, mixed_accurac
 from hardmix.metrics.robustness import other_class_partner, plan_at
 from hardmix.mixing import MixedTarget, MixPlan
 from hardmix.models.build import build_model
-from hardmix.train.recipe import Recipe, build_objective, build_policy
+from hardmix.train.components import build_objective, build_policy
+from hardmix.train.recipe import Recipe
+from hardmix.train.schedule import Stage
 from hardmix.train.seeds import derive, generator
 
 #: Test images in the report's gallery.
@@ -77,9 +79,17 @@ class Classification:
         self.augment = Augment(recipe.data.augment)
         self.normalize = Normalize(data.mean, data.std)
 
-    @property
-    def num_train(self) -> int:
-        return len(self.train_set)
+    #: the memory format of its filters
+    layout = torch.channels_last
+
+    def stages(self) -> list[Stage]:
+        return [Stage(self.recipe.train.epochs, len(self.train_set), self.recipe.train.lr)]
+
+    def start_epoch(self, stage: int) -> None:
+        """Called before each epoch; there is one stage."""
+
+    def end_epoch(self, model: nn.Module, device: torch.device) -> None:
+        """Called after each epoch; nothing is tracked."""
 
     def to(self, device: torch.device) -> Classification:
         """Move all that a step or an evaluation computes with, and return itself."""

@@ -1,0 +1,136 @@
+"""From a name and its options in a recipe to a policy, an objective or a contrast."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from hardmix import tables
+from hardmix._check import did_you_mean
+from hardmix.losses import label_mixture
+from hardmix.mixing.pairing import LabelKernel
+
+#: Gaussians that stand for the distribution of the training labels, unless a recipe says `components`
+MIXTURE_COMPONENTS = 8
+
+
+class Component(BaseModel):
+    """A named entry of a table with its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def build_policy(component: Component, model: Any) -> Any:
+    """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built."""
+    cls = entry("policy", component.name, {**tables.POLICIES, **tables.REGRESSION_POLICIES})
+    options = component.options
+    known = _parameters(cls) + ["bandwidth"] * (component.name == "manifold-mixup")
+    check_options("policy", component.name, known, options)
+    if component.name == "random-choice":
+        children = options.pop("policies", None)
+        if not isinstance(children, list) or not children:
+            raise ValueError('policies is missing; list them: policies = [{ name = "mixup" }, { name = "cutmix" }]')
+        built = [None if c == "none" else build_policy(_component(c), model) for c in children]
+        return cls(built, **options)
+    if component.name == "scheduled":
+        return cls(build_policy(_component(options.pop("policy", None)), model), **options)
+    if "bandwidth" in options and component.name == "manifold-mixup":
+        options["pairing"] = LabelKernel(options.pop("bandwidth"))
+    if component.name in tables.NEEDS_MODEL:
+        return None if model is None else cls(model, **options)
+    return cls(**options)
+
+
+def build_objective(component: Component, train_labels: Tensor | None = None) -> Any:
+    """The objective that a recipe names.
+
+    Args:
+        train_labels: (N,) what an objective that has to know the training labels is made for, in the unit that it gets
+            them in; without them it is checked but not built.
+    """
+    cls = entry("objective", component.name, {**tables.OBJECTIVES, **tables.REGRESSION_OBJECTIVES})
+    _check_mean(component)
+    options = component.options
+    known = [name for name in _parameters(cls) if name != "mixture"]
+    fitted = "mixture" in _parameters(cls) and options.get("kind") == "gai"
+    check_options("objective", component.name, known + ["components"] * fitted, options)
+    if fitted:
+        components = options.pop("components", MIXTURE_COMPONENTS)
+        if train_labels is None:
+            return None
+        options["mixture"] = label_mixture(train_labels, components)
+    if isinstance(options.get("weight"), list):
+        options["weight"] = torch.tensor(options["weight"], dtype=torch.float32)
+    return cls(**options)
+
+
+def build_contrast(component: Component, train_labels: Tensor | None = None) -> Any:
+    """The contrastive objective that a recipe names; `train_labels` as for `build_objective`."""
+    cls = entry("contrastive objective", component.name, tables.CONTRASTS)
+    _check_mean(component)
+    known = [name for name in _parameters(cls) if name != "population"]
+    options = component.options
+    check_options("contrastive objective", component.name, known, options)
+    if isinstance(options.get("beta"), list):
+        options["beta"] = tuple(options["beta"])
+    if "population" in _parameters(cls) and train_labels is not None:
+        options["population"] = train_labels.sort().values
+    built = cls(**options)
+    if train_labels is not None and hasattr(built, "fit_labels") and built.label_scale.isnan():
+        built.fit_labels(train_labels)
+    return built
+
+
+def policy_names(policy: Mapping[str, Any]) -> list[str]:
+    """The names of a policy and of those inside it, combinations left out."""
+    inside = [policy["policy"]] if "policy" in policy else policy.get("policies", [])
+    if inside:
+        return [name for p in inside if p != "none" for name in policy_names(p)]
+    return [policy["name"]]
+
+
+def entry(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """table[name]; a name that isn't there is told with the nearest one."""
+    check_name(kind, name, table)
+    return table[name]
+
+
+def check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    if name not in (known := list(names)):
+        raise ValueError(f'"{name}" is not a {kind}{did_you_mean(name, known)}; there are {", ".join(known)}')
+
+
+def check_options(kind: str, name: str, known: list[str], options: Mapping[str, Any]) -> None:
+    wrong = [f"{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    if wrong:
+        raise ValueError(f'unknown option of {kind} "{name}": {", ".join(wrong)}; it takes {", ".join(known)}')
+    for key, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}; pass a finite number")
+
+
+def _check_mean(component: Component) -> None:
+    if component.options.get("reduction", "mean") != "mean":
+        raise ValueError(f'reduction is {component.options["reduction"]!r}; training takes the "mean".')
+
+
+def _component(value: object) -> Component:
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError(f'a nested policy is {value!r}; write {{ name = "mixup", alpha = 0.2 }}')
+    return Component(**value)
+
+
+def _parameters(cls: type) -> list[str]:
+    """What a class takes from a recipe; the model is handed over by the task."""
+    return [name for name in inspect.signature(cls).parameters if name != "model"]

@@ -1,0 +1,226 @@
+"""The sections of a recipe: frozen models with a description of every key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from hardmix.data.catalog import CATALOG
+from hardmix.data.kind_views import VIEWS
+from hardmix.data.number_sets import NUMBER_SETS
+from hardmix.models.build import MODELS, model_options
+from hardmix.models.encoders import ENCODERS, encoder_options
+from hardmix.tables import JOINT_CONTRASTS
+from hardmix.train.components import Component, build_contrast, check_name, check_options
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+def _float_of_int(value: object) -> object:
+    """TOML tells 1 from 1.0; people don't."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Float = Annotated[float, BeforeValidator(_float_of_int)]
+
+
+class DataSection(Section):
+    name: str = Field("fashion-mini", description="data set, one of `hardmix data`")
+    path: str = Field("", description="file or folder of the data set; empty: look in the known places")
+    domain: str = Field(
+        "", description="parts of a set of numbers that differ in their origin, joined by +; empty: all"
+    )
+    samples: int = Field(0, ge=0, description="how many samples of a large set of numbers are read; 0: its own default")
+    train_samples: int = Field(0, ge=0, description="subset of the training split, of classes stratified; 0: all")
+    validation: Float = Field(
+        0.1, ge=0.0, lt=1.0, description="share of the samples to validate on, unless the set has its own"
+    )
+    test: Float = Field(
+        0.2,
+        gt=0.0,
+        lt=1.0,
+        description="share of a set of numbers to test on, drawn by the seed, unless it has its own",
+    )
+    imbalance: Float = Field(
+        1.0,
+        ge=1.0,
+        description="how many times rarer than the most frequent the rarest training numbers are made, with balanced "
+        "validation and test; 1: as they are",
+    )
+    imbalance_law: Literal["exponential", "step", "normal"] = Field(
+        "exponential", description="how the training numbers thin out"
+    )
+    image_size: int = Field(
+        0, ge=0, description="side in pixels or voxels that images and volumes are scaled to; 0: the data set's own"
+    )
+    augment: list[str] = Field(
+        default_factory=lambda: ["flip", "crop"],
+        description="random views of the training samples, in this order; of images flip and crop unless said "
+        "otherwise, of all else none",
+    )
+    workers: int = Field(0, ge=0, le=64, description="processes that read and decode images")
+    on_error: Literal["raise", "skip"] = Field("raise", description="what to do with images that can't be read")
+    target: str = Field("", description="what is predicted: a column, an array; empty: the data set's own target")
+    labels: str = Field("", description="table with the numbers of a folder's files")
+    inputs: str = Field("", description="column of file names or texts, array of series or volumes; empty: found")
+    pair: str = Field("", description="column of the second text of a pair; empty: single texts")
+    missing: Literal["error", "mean", "drop"] = Field("error", description="what to do with empty cells of a table")
+
+    @field_validator("name")
+    @classmethod
+    def _in_catalogue(cls, value: str) -> str:
+        check_name("data set", value, [*CATALOG, *NUMBER_SETS])
+        return value
+
+    @field_validator("augment")
+    @classmethod
+    def _views_exist(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        return _views(value, info.data.get("name", ""))
+
+    @property
+    def kind(self) -> str:
+        """What a sample is; "images" for a set of classes."""
+        return kind_of(self.name)
+
+
+def kind_of(data: str) -> str:
+    return NUMBER_SETS[data].kind if data in NUMBER_SETS else "images"
+
+
+def _views(names: list[str], data: str) -> list[str]:
+    for name in names:
+        if not VIEWS[kind_of(data)]:
+            raise ValueError(f'"{name}" is a view, but {data} holds {kind_of(data)}, which have none; leave it out')
+        check_name("view", name, VIEWS[kind_of(data)])
+    return names
+
+
+class ModelSection(Section):
+    name: str = Field("small-resnet", description="backbone or encoder, one of this package's or timm/NAME")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what the model takes; checkpoint = a file of weights to start from"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_model(cls, value: str) -> str:
+        if not value.startswith("timm/"):
+            check_name("model", value, [*MODELS, *ENCODERS])
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _fit_the_model(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name", "")
+        if name in ENCODERS:
+            check_options("model", name, encoder_options(name), value)
+        if name in MODELS:
+            check_options("model", name, [*model_options(name), "checkpoint"], value)
+        return value
+
+    @property
+    def kind(self) -> str:
+        """What it takes."""
+        return ENCODERS[self.name].kind if self.name in ENCODERS else "images"
+
+
+class TrainSection(Section):
+    epochs: int = Field(
+        20, ge=1, description="passes over the training samples; what does not fill a batch is left out"
+    )
+    batch_size: int = Field(128, ge=1, description="samples of a step, all processes together")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    lr: Float = Field(0.1, gt=0.0, description="learning rate after the warm-up; falls to 0 along half a cosine")
+    weight_decay: Float = Field(5e-4, ge=0.0, description="of matrices and filters; norms and biases have none")
+    momentum: Float = Field(0.9, ge=0.0, lt=1.0, description="of SGD")
+    warmup_epochs: Float = Field(1.0, ge=0.0, description="epochs in which the learning rate rises linearly")
+    clip_norm: Float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    accumulate: int = Field(1, ge=1, description="parts that a batch is split into, one backward each")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay fp32")
+    ema: Float = Field(0.0, ge=0.0, lt=1.0, description="decay of the averaged weights that are evaluated; 0: off")
+    channels_last: bool = Field(True, description="memory format of images, volumes and filters")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU if there is one")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's own choice")
+    log_every: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
+
+
+class ContrastSection(Section):
+    objective: Component = Field(description="contrastive objective and its settings")
+    epochs: int = Field(
+        ge=0,
+        description="of the epochs, how many pre-train the encoder; the rest train the head. 0: together with the head",
+    )
+    weight: Float = Field(0.0, ge=0.0, description="of the contrast beside the head's loss, where epochs is 0")
+    labels: Literal["standardized", "raw"] = Field(
+        "standardized",
+        description="what the settings count in: standard deviations, or the own unit",
+    )
+    augment: list[str] = Field(
+        default_factory=list, description="views of the samples that are contrasted; data.augment unless said otherwise"
+    )
+    noise: Float = Field(
+        0.0,
+        ge=0.0,
+        description="noise on the contrasted samples, in standard deviations; 0.1 for tables unless said otherwise",
+    )
+    views: int = Field(
+        2,
+        ge=1,
+        le=8,
+        description="of each sample; 2 unless said otherwise, 1 where neither views nor noise tell them apart",
+    )
+    projector: Literal["linear", "mlp", "none"] = Field(
+        "linear", description="what makes embeddings of features; none: the features are contrasted themselves"
+    )
+    projection: int = Field(32, ge=1, description="size of the embeddings")
+    probe: Literal["linear", "finetune"] = Field("linear", description="train the head alone afterwards, or all")
+    head_lr: Float = Field(0.01, gt=0.0, description="learning rate of the second stage")
+    data: DataSection | None = Field(
+        None, description="another set to pre-train on; what it does not say is as in the data section"
+    )
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _known(cls, value: Component) -> Component:
+        try:
+            build_contrast(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("epochs")
+    @classmethod
+    def _joint(cls, value: int, info: ValidationInfo) -> int:
+        objective = info.data.get("objective")
+        if value and objective is not None and objective.name in JOINT_CONTRASTS:
+            raise ValueError(
+                f"is {value}, but {objective.name} is made to stand beside a head's loss; set contrast.epochs=0 and "
+                "contrast.weight above 0"
+            )
+        return value
+
+
+class DensitySection(Section):
+    lds: bool = Field(False, description="weight samples by one over how frequent labels like theirs are")
+    fds: bool = Field(False, description="give features the mean and variance that those of near labels have")
+    bins: int = Field(50, ge=1, description="equal bins over the range of the training labels")
+    kernel_size: int = Field(5, ge=1, description="bins that the smoothing reaches over, odd")
+    sigma: Float = Field(2.0, gt=0.0, description="width of the Gaussian smoothing in bins")
+    scheme: Literal["inverse", "sqrt_inverse"] = Field("inverse", description="weights by the density or by its root")
+
+    @field_validator("kernel_size")
+    @classmethod
+    def _has_a_middle(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"is {value}; pass an odd number, so that it has a middle")
+        return value
+
+
+class EvalSection(Section):
+    every: int = Field(1, ge=1, description="epochs between two evaluations")
+    batch_size: int = Field(500, ge=1, description="samples that are evaluated at once")
+    checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
