@@ -51,6 +51,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(rows.device)
 
 
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """`gather_rows`, of which this rank's own rows keep their gradient.
+
+    A loss of all rows that every rank computes thus has on each rank the gradients of its own rows alone; their sum
+    over the ranks is the whole gradient.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return rows
+    counts = gather_rows(torch.tensor([len(rows)])).tolist()
+    first = sum(counts[:rank])
+    together = gather_rows(rows)
+    return torch.cat([together[:first], rows, together[first + len(rows) :]])
+
+
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scalars averaged over the ranks, under the same names; without gradient."""
     _, size = rank_and_size()

@@ -160,3 +160,39 @@ run_recipe(small(**{sections!r}), Path({str(tmp_path / "two")!r}))
     one, two = (json.loads((tmp_path / n / "summary.json").read_text())["test"] for n in ("one", "two"))
     assert two["mae"] == pytest.approx(one["mae"], rel=1e-5)
     assert two["ordinality"] == pytest.approx(one["ordinality"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", [False, True], ids=["before the head", "beside the head"])
+def test_a_contrast_on_two_ranks_compares_the_samples_of_both(beside, tmp_path):
+    """Odd batches, so that the ranks' parts differ in size; mixtures drawn alike; no noise, which ranks draw apart."""
+    stages = {"epochs": 0, "weight": 0.5} if beside else {"epochs": 3}
+    contrast = {**stages, "noise": 0.0, "objective": {"name": "supremix", "window": 0.5}}
+    train = {"optimizer": "sgd", "epochs": 5, "lr": 0.01, "batch_size": 31}
+    sections = {"contrast": contrast, "train": train}
+    launch(
+        tmp_path,
+        f"""
+from pathlib import Path
+from hardmix.train.loop import run_recipe
+from tests.train.test_regression import small
+run_recipe(small(**{sections!r}), Path({str(tmp_path / "two")!r}))
+""",
+    )
+    from safetensors.torch import load_file
+
+    from train.test_regression import small
+
+    run_recipe(small(**sections), tmp_path / "one")
+    one, two = (
+        load_file(sorted((tmp_path / n / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+        for n in ("one", "two")
+    )
+    fresh = load_file(sorted((tmp_path / "one/checkpoints").glob("step-*"))[0] / "model.safetensors")
+    assert max(float((one[key] - fresh[key]).abs().max()) for key in one) > 1e-3
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=0, atol=1e-6), key
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    for a, b in zip(*([json.loads(line) for line in log] for log in logs), strict=True):
+        key = next(key for key in ("contrast", "loss", "mae") if key in a)
+        assert a[key] == pytest.approx(b[key], rel=1e-4)

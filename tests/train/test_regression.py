@@ -217,3 +217,12 @@ def test_shipped_recipes_differ_in_their_method_alone(name) -> None:
     recipe, base = load_recipe(name), load_recipe(f"{name.split('-')[0]}-l1")
     apart = {"name", "about", "policy", "contrast"}
     assert recipe.model_dump(exclude=apart) == base.model_dump(exclude=apart)
+
+
+def test_no_line_of_the_log_is_about_two_stages(two_stages) -> None:
+    lines = [json.loads(line) for line in (two_stages / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["kind"] == "train"]
+    assert [("contrast" in line, "loss" in line) for line in logged if line["epoch"] <= 3] == [(True, False)] * 5
+    assert all("loss" in line and "contrast" not in line for line in logged if line["epoch"] > 3)
+    page = (two_stages / "report.html").read_text()
+    assert "Contrastive loss, of the embeddings." in page

@@ -21,6 +21,7 @@ def test_stages_follow_one_another_and_each_has_its_own_samples() -> None:
     schedule = Schedule([Stage(2, 50, 1.0), Stage(3, 25, 0.1)], batch_size=10, warmup_epochs=0.0)
     assert schedule.steps_per_epoch == [5, 2]
     assert (schedule.steps, schedule.epochs) == (16, 5)
+    assert schedule.ends == {10, 16}
     places = [schedule.place(step) for step in range(schedule.steps)]
     assert places[0] == Place(0, 0, 0)
     assert places[9] == Place(0, 1, 4)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,7 +174,7 @@ def read_nifti(path: Path, who: str = "read_nifti") -> Scan:
             f"{where} can only be read with nibabel, which is missing; pip install nibabel, or save it as .npy."
         ) from None
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         shape = tuple(image.shape)
         if math.prod(shape) <= MOST_IN_FILE:
             image = nibabel.as_closest_canonical(image)

@@ -104,6 +104,11 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     """Loss, accuracy and learning rate over epochs, as far as the log has them."""
     drawn: list[tuple[Plot, str]] = []
     mixes = run.summary.get("policy") not in (None, "none")
+    x, contrast = plots.thin(run.train, "contrast")
+    if x:
+        alt = f"Contrastive loss goes from {plain(contrast[0], 3)} to {plain(contrast[-1], 3)} by epoch {plain(x[-1], 3)}."
+        plot = plots.curves([Line(x, contrast, 1)], alt, y_label="contrastive loss", width=WIDE)
+        drawn.append((plot, "Contrastive loss, of the embeddings."))
     x, loss = plots.thin(run.train, "loss")
     if x:
         alt = f"Training loss goes from {plain(loss[0], 3)} to {plain(loss[-1], 3)} over {plain(x[-1], 3)} epochs."

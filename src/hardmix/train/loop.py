@@ -40,7 +40,7 @@ from hardmix.train.stop import Stop, stop_signals
 from hardmix.train.tasks import TASKS
 
 #: called a few times a second with {"step", "steps", "epoch", "epochs", "images_per_s"} and what the task logs: "loss",
-#: and "accuracy" where there is one
+#: "contrast", and "accuracy" where there is one
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -128,8 +128,12 @@ class _Run:
                 f"train.batch_size is {self.batch_size}, but {accelerator.num_processes} processes x "
                 f"{recipe.train.accumulate} parts need at least {smallest}; make it larger."
             )
-        if recipe.contrast is not None and accelerator.num_processes > 1:
-            raise RunError("a recipe with a contrast section trains in one process; start it without a launcher.")
+        learns = any(True for _ in self.task.objective.parameters())
+        if recipe.contrast is not None and learns and accelerator.num_processes > 1:
+            raise RunError(
+                f"{recipe.objective.name} learns its noise, which beside a contrast it can in one process only; set "
+                "objective.learn_sigma=false, or start it without a launcher."
+            )
         self.step, self.seconds = 0, 0.0
         self.best, self.best_step = -math.inf, None  # type: float, int | None
         self.validation: dict[str, float] = {}
@@ -151,7 +155,8 @@ class _Run:
             self.step = step + 1
             self.sums = {key: self.sums.get(key, 0.0) + value for key, value in values.items()}
             now = time.perf_counter()
-            if self.step % self.recipe.train.log_every == 0 or self.step == self.steps:
+            # A stage has its own losses, so no line of the log is about two.
+            if self.step % self.recipe.train.log_every == 0 or self.step in self.schedule.ends:
                 rate = (self.step - first) * self.batch_size / max(now - since, 1e-9)
                 self._log_train(rate, now - started)
                 first, since = self.step, time.perf_counter()
@@ -238,7 +243,7 @@ class _Run:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
-        self.task.start_step(step / self.steps)
+        self.task.start_step(step / self.steps, generator(self.recipe.seed, "contrast", step))
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, rank))
         totals: dict[str, Tensor] = {}
         parts = min(train.accumulate, len(index))
@@ -400,11 +405,14 @@ class _Batches(torch.utils.data.Dataset):
 def _accelerator(recipe: Recipe) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     # The state is shared by a process, and a process may train several recipes one after another.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
-    return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None)
+    # A stage of a contrast leaves the head or the encoder without gradient, which the processes would wait for.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.contrast is not None)
+    return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None, kwargs_handlers=[unused])
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

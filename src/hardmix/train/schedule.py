@@ -41,6 +41,7 @@ class Schedule:
         lengths = [stage.epochs * steps for stage, steps in zip(stages, self.steps_per_epoch, strict=True)]
         self.starts = [sum(lengths[:i]) for i in range(len(stages))]
         self.steps = sum(lengths)
+        self.ends = {start + length for start, length in zip(self.starts, lengths, strict=True)}
         self.epochs = sum(stage.epochs for stage in stages)
 
     def place(self, step: int) -> Place:

@@ -112,8 +112,8 @@ class Classification:
         """What error messages call these training samples."""
         return [self.train_set.sample_id(int(i)) for i in index]
 
-    def start_step(self, progress: float) -> None:
-        """Called before each step with the finished share of the training."""
+    def start_step(self, progress: float, shared: torch.Generator | None = None) -> None:
+        """Called before each step with the finished share of the training, and draws that all ranks have alike."""
         if self.policy is not None:
             self.policy.set_progress(progress)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hardmix.data.kind_views import build_views
 from hardmix.data.numbers import ChannelScale, as_floats
 from hardmix.data.tables import Standardize
-from hardmix.distributed import gather_rows, my_part
+from hardmix.distributed import gather_rows, gather_with_gradient, my_part
 from hardmix.losses import ConRLoss, FeatureSmoothing, SupReMixLoss, lds_weights
 from hardmix.metrics.label_errors import error_by_label, principal_components, shot_errors
 from hardmix.metrics.regression import local_linearity, ordinality, regression_metrics
@@ -100,6 +100,7 @@ class Regression:
         self.weights = _weights_by_label(train_labels, recipe) if recipe.density.lds else None
         self.views = build_views(recipe.data.kind, recipe.data.augment)
         self.contrast_views = build_views(recipe.data.kind, [] if section is None else section.augment)
+        self.shared: torch.Generator | None = None
         self.start_epoch(0)
 
     def _prepared(self, inputs: Any) -> tuple[Tensor, Tensor, nn.Module]:
@@ -169,8 +170,9 @@ class Regression:
         data = self.source if self.contrasting else self.data
         return data.names(data.rows["train"][index])
 
-    def start_step(self, progress: float) -> None:
-        """Called before each step with the finished share of the training."""
+    def start_step(self, progress: float, shared: torch.Generator | None = None) -> None:
+        """Called before each step with the finished share of the training, and draws that all ranks have alike."""
+        self.shared = shared
         if self.policy is not None:
             self.policy.set_progress(progress)
 
@@ -182,8 +184,8 @@ class Regression:
         section = self.recipe.contrast
         if self.contrasting:
             embeddings = model(self._contrast_inputs(x, draws), "embed")
-            loss = self._contrast(embeddings, self._contrasted(y), None, draws)
-            return loss, {"loss": loss.detach()}
+            loss = self._contrast(embeddings, self._contrasted(y), None)
+            return loss * self._share(y), {"contrast": loss.detach()}
         target: Any = y
         beside = section is not None and section.epochs == 0
         if section is not None and beside and section.views > 1:
@@ -198,8 +200,8 @@ class Regression:
         loss = self._head(predictions, target)
         contrasted = features if section.objective.name in JOINT_CONTRASTS else embeddings
         labels = _blended(target).view(len(y), -1)[:, 0]
-        contrast = self._contrast(contrasted, self._contrasted(labels), predictions, draws)
-        return loss + section.weight * contrast, {"loss": loss.detach(), "contrast": contrast.detach()}
+        contrast = self._contrast(contrasted, self._contrasted(labels), predictions)
+        return loss + section.weight * contrast * self._share(y), {"loss": loss.detach(), "contrast": contrast.detach()}
 
     def _head(self, predictions: Tensor, target: Any) -> Tensor:
         if self.weights is None:
@@ -228,13 +230,22 @@ class Regression:
             return x.contiguous(memory_format=self.layout)
         return x
 
-    def _contrast(self, rows: Tensor, labels: Tensor, predictions: Tensor | None, draws: torch.Generator) -> Tensor:
-        """`rows` (N V, D) as (N, V, D), or (N, D) for one view; labels (N,) in the unit of the settings."""
+    def _share(self, y: Tensor) -> float:
+        """One over this rank's share of the batch: the loop weighs losses by it, and the contrast is one of all."""
+        return float(gather_rows(torch.tensor([len(y)])).sum()) / len(y)
+
+    def _contrast(self, rows: Tensor, labels: Tensor, predictions: Tensor | None) -> Tensor:
+        """`rows` (N V, D) as (N, V, D), or (N, D) for one view; labels (N,) in the unit of the settings.
+
+        Every rank contrasts the samples of all, with the gradients of its own.
+        """
         assert self.contrast is not None
         views = len(rows) // len(labels)
+        rows, labels = gather_with_gradient(rows), gather_rows(labels)
+        predictions = None if predictions is None else gather_with_gradient(predictions)
         embeddings = rows if views == 1 else rows.view(len(labels), views, -1)
         if isinstance(self.contrast, SupReMixLoss):
-            return self.contrast(embeddings, labels, generator=draws)
+            return self.contrast(embeddings, labels, generator=self.shared)
         if isinstance(self.contrast, ConRLoss):
             assert predictions is not None
             scaled = self._contrasted(predictions)
