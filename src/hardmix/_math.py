@@ -24,6 +24,14 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows (..., D) divided by their length; a row of zeros stays one. Lengths from 1e-30 to 1e30 don't overflow."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length == 0, 1.0)
+
+
 def reduce(values: Tensor, reduction: str, valid: Tensor | None = None) -> Tensor:
     """Mean, sum or none over the rows that count.
 

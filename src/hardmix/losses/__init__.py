@@ -2,6 +2,7 @@
 
 from hardmix.losses.adaptive_supcon import AdaSupConLoss, adaptive_supcon_loss
 from hardmix.losses.balanced_mse import BalancedMSELoss, LabelMixture, bmc_loss, gai_loss, label_mixture
+from hardmix.losses.clip import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 from hardmix.losses.conr import ConRLoss, conr_loss
 from hardmix.losses.decoupled import DecoupledMixupLoss, decoupled_mixup_loss
 from hardmix.losses.decoupled_bce import (
@@ -13,6 +14,8 @@ from hardmix.losses.decoupled_bce import (
 from hardmix.losses.focal_r import FocalRLoss, focal_r_loss
 from hardmix.losses.kernel_contrast import KernelContrastLoss, kernel_contrast_loss
 from hardmix.losses.label_density import FeatureSmoothing, lds_weights
+from hardmix.losses.m2mix import M2MixLoss, M2MixSigLipLoss, m2mix_loss
+from hardmix.losses.m3mix import M3MixLoss, unimodal_mix_loss
 from hardmix.losses.ordinal_entropy import OrdinalEntropyLoss, ordinal_entropy_loss
 from hardmix.losses.rank_n_contrast import RankNContrastLoss, rank_n_contrast_loss
 from hardmix.losses.ranksim import RankSimLoss, ranksim_loss
@@ -24,6 +27,7 @@ from hardmix.losses.supremix import SupReMixLoss, supremix_loss
 __all__ = [
     "AdaSupConLoss",
     "BalancedMSELoss",
+    "ClipLoss",
     "ConRLoss",
     "DecoupledMixupBCELoss",
     "DecoupledMixupLoss",
@@ -31,16 +35,21 @@ __all__ = [
     "FocalRLoss",
     "KernelContrastLoss",
     "LabelMixture",
+    "M2MixLoss",
+    "M2MixSigLipLoss",
+    "M3MixLoss",
     "OrdinalEntropyLoss",
     "RankNContrastLoss",
     "RankSimLoss",
     "RegressionLoss",
+    "SigLipLoss",
     "SoftBCELoss",
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SupReMixLoss",
     "adaptive_supcon_loss",
     "bmc_loss",
+    "clip_loss",
     "conr_loss",
     "decoupled_mixup_bce_loss",
     "decoupled_mixup_loss",
@@ -49,12 +58,15 @@ __all__ = [
     "kernel_contrast_loss",
     "label_mixture",
     "lds_weights",
+    "m2mix_loss",
     "ordinal_entropy_loss",
     "rank_n_contrast_loss",
     "ranksim_loss",
     "regression_loss",
+    "siglip_loss",
     "soft_bce_loss",
     "soft_cross_entropy_loss",
     "supcon_loss",
     "supremix_loss",
+    "unimodal_mix_loss",
 ]

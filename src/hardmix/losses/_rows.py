@@ -59,14 +59,6 @@ def tied(labels: Tensor, tolerance: float) -> Tensor:
     return (labels / tolerance).round() * tolerance if tolerance else labels
 
 
-def unit(z: Tensor) -> Tensor:
-    """Rows (M, D) divided by their length; a row of zeros stays one. Lengths from 1e-30 to 1e30 don't overflow."""
-    scale = z.detach().abs().amax(1, keepdim=True)
-    z = z / torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return z / length.masked_fill(length == 0, 1.0)
-
-
 def reduce_anchors(per_row: Tensor, valid: Tensor, shape: tuple[int, ...], reduction: str) -> Tensor:
     """Rows' losses (M,), view after view, as a mean over the valid ones, a sum, or in the shape of the embeddings."""
     if reduction == "none":

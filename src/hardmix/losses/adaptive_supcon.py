@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix.losses._rows import labelled_rows, reduce_anchors, tied, unit
+from hardmix._math import unit
+from hardmix.losses._rows import labelled_rows, reduce_anchors, tied
 
 REDUCTIONS = ("none", "mean", "sum")
 

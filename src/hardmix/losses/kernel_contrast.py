@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix.losses._rows import labelled_rows, reduce_anchors, unit
+from hardmix._math import unit
+from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 #: what is in the denominator
 KINDS = ("y-aware", "exp", "threshold")

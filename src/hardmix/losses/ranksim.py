@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hardmix import _check
-from hardmix.losses._rows import labelled_rows, reduce_anchors, unit
+from hardmix._math import unit
+from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 REDUCTIONS = ("none", "mean", "sum")
 

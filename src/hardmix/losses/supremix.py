@@ -9,8 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import unit
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
-from hardmix.losses._rows import labelled_rows, reduce_anchors, tied, unit
+from hardmix.losses._rows import labelled_rows, reduce_anchors, tied
 from hardmix.mixing.draw import cpu_generator
 
 #: factor of a pair in the denominator, by its label distance in units of `label_scale`

@@ -2,6 +2,7 @@
 
 from hardmix.mixing.augmix import AugMix
 from hardmix.mixing.choice import RandomChoice, Scheduled
+from hardmix.mixing.geodesic import slerp
 from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.masks import FMix, GridMix, SmoothMix
 from hardmix.mixing.pairing import CMixup, LabelKernel
@@ -29,5 +30,6 @@ __all__ = [
     "SaliencyMix",
     "Scheduled",
     "SmoothMix",
+    "slerp",
     "spectral_residual",
 ]
