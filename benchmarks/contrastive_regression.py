@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -35,10 +34,12 @@ from hardmix.losses import rank_n_contrast_loss, supcon_loss, supremix_loss
 
 RESULT = Path(__file__).parent / "results" / "contrastive_regression.json"
 WINDOW, TEMPERATURE = 5.0, 0.5
-Case = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: rows up to which the shares of the mixtures are given, and from which the growth is fitted
+GIVEN_SHARES, LARGE = 256, 512
+Case = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def supremix_formed(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+def supremix_formed(z: Tensor, y: Tensor, lam: Tensor | None) -> Tensor:
     """Every mixture a vector, detached and not normalised: the released choices, without its wrong weights."""
     z = F.normalize(z)
     fixed, gap = z.detach(), y[:, None] - y
@@ -65,11 +66,11 @@ def supremix_formed(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
     return ((logits.logsumexp(1) - positives / count.clamp(min=1)) * valid).sum() / valid.sum()
 
 
-def supremix_ours(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+def supremix_ours(z: Tensor, y: Tensor, lam: Tensor | None) -> Tensor:
     return supremix_loss(z, y, window=WINDOW, normalize_mixtures=False, detach_mixtures=True, lam=lam)
 
 
-def supcon_matrix(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+def supcon_matrix(z: Tensor, y: Tensor, lam: Tensor | None) -> Tensor:
     z = F.normalize(z)
     logits = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
     same = (y[:, None] == y).fill_diagonal_(False)
@@ -77,7 +78,7 @@ def supcon_matrix(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
     return -(log_p.sum(1) / same.sum(1)).mean()
 
 
-def rank_n_contrast_masks(z: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+def rank_n_contrast_masks(z: Tensor, y: Tensor, lam: Tensor | None) -> Tensor:
     n = len(z)
     keep = ~torch.eye(n, dtype=torch.bool)
     logits = -(z[:, None] - z)[keep].view(n, n - 1, -1).norm(dim=2) / 2.0
@@ -112,12 +113,12 @@ SAME_VALUE = {
 }
 
 
-def batch(rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(rows: int, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(20, 70, (rows // 2,), generator=generator).float().repeat(2)
     z = torch.randn(rows, size, generator=generator)
-    # Shares are given, so that the forms mix alike; drawing them is not part of what is timed.
-    lam = torch.rand(rows, rows, generator=generator) * 0.4
+    # Shares are given where a plain form is to mix alike; with more rows each block draws its own, as in training.
+    lam = torch.rand(rows, rows, generator=generator) * 0.4 if rows <= GIVEN_SHARES else None
     return z.requires_grad_(), y, lam
 
 
@@ -128,7 +129,8 @@ def measure(loss: str, form: str, rows: int, size: int) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         case(*batch(8, 4)).backward()  # code pages are there before the count starts
     z, y, lam = batch(rows, size)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: making the batch is not part of it
     times: list[float] = []
     while len(times) < 3 and sum(times) < 3:
         z.grad = None
@@ -136,8 +138,14 @@ def measure(loss: str, form: str, rows: int, size: int) -> dict[str, Any]:
         value = case(z, y, lam)
         value.backward()
         times.append(time.process_time() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = resident("VmHWM") - before
     return {"ms": 1e3 * min(times), "peak_mb": max(peak, 0) / 2**20, "value": float(value.detach())}
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{what}:")[1].split()[0])
 
 
 def show(table: list[dict[str, Any]], loss: str, size: int) -> None:
@@ -151,22 +159,28 @@ def show(table: list[dict[str, Any]], loss: str, size: int) -> None:
 
 
 def growth(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Exponents of time and memory over the last doubling of the batch."""
+    """Exponents of time and memory: slopes of straight lines through the logarithms, from `LARGE` rows on."""
     found = []
     for loss, forms in CASES.items():
         for form in forms:
             for size in dict.fromkeys(row["size"] for row in table):
-                last = [r for r in table if (r["loss"], r["form"], r["size"]) == (loss, form, size)][-2:]
-                if len(last) == 2:
-                    step = math.log(last[1]["rows"] / last[0]["rows"])
-                    time_, memory = (math.log(last[1][k] / max(last[0][k], 1e-3)) / step for k in ("ms", "peak_mb"))
+                ours = [r for r in table if (r["loss"], r["form"], r["size"]) == (loss, form, size)]
+                ours = [r for r in ours if r["rows"] >= LARGE]
+                if len(ours) >= 3:
+                    time_, memory = (slope(ours, key) for key in ("ms", "peak_mb"))
                     found.append({"loss": loss, "form": form, "size": size, "time": time_, "memory": memory})
     return found
 
 
+def slope(rows: list[dict[str, Any]], key: str) -> float:
+    x = torch.tensor([math.log(row["rows"]) for row in rows])
+    y = torch.tensor([math.log(max(row[key], 1e-3)) for row in rows])
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--losses", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--limit-gib", type=float, default=10.0)
@@ -197,7 +211,7 @@ def main() -> None:
                         assert math.isclose(ours, value, rel_tol=1e-5), (loss, form, rows, size, ours, value)
             show(table, loss, size)
     exponents = growth(table)
-    print("\nexponents over the last doubling: time, memory")
+    print(f"\nexponents from {LARGE} rows on: time, memory")
     for row in exponents:
         print("{loss:18}{form:28}D = {size:<6}{time:6.2f}{memory:8.2f}".format(**row))
     if options.save:

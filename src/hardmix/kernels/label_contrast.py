@@ -24,9 +24,11 @@ from hardmix.kernels import tied_mixtures as tied
 
 #: Up to so many rows the Gram matrix is formed whole; above, its parts are formed when they are needed.
 DENSE_ROWS = 1024
-#: Values of a box, of the order of a core's cache, and of the part of the Gram matrix that belongs to a block.
+#: Values of a box, and of the part of the Gram matrix that belongs to a block, of the order of a core's cache. Other
+#: devices are busy with larger blocks only.
 BOX_VALUES = 2**18
-BLOCK_VALUES = 2**21
+BLOCK_VALUES = 2**18
+DEVICE_BLOCK_VALUES = 2**21
 #: From this temperature on exp((s - 1) / t) does not underflow for any cosine in float32.
 LOWEST_PLAIN_TEMPERATURE = 0.03
 #: Mixtures are summed label by label where that visits this share of the pairs or less.
@@ -114,14 +116,15 @@ def label_windows(labels: Tensor, window: float) -> Windows:
     return Windows(low.tolist(), start.tolist(), stop.tolist(), high.tolist())
 
 
-def blocks(windows: Windows, *, merge: bool = True) -> Iterator[Block]:
+def blocks(windows: Windows, *, merge: bool = True, on_cpu: bool = True) -> Iterator[Block]:
     """All anchors of a label together, since they share their mixtures, and with `merge` those of neighbouring labels
     as long as their boxes overlap enough."""
     low, start, stop, high = windows
     rows, first = len(low), 0
+    values = BLOCK_VALUES if on_cpu else DEVICE_BLOCK_VALUES
     while first < rows:
-        wide = max(rows, (high[first] - stop[first]) * BLOCK_VALUES // BOX_VALUES)
-        most = first + max(1, BLOCK_VALUES // wide)
+        wide = max(rows, (high[first] - stop[first]) * values // BOX_VALUES)
+        most = first + max(1, values // wide)
         last, one_label = min(stop[first], most), True
         useful = (last - first) * (start[first] - low[first]) * (high[first] - stop[first])
         while merge and last < rows and start[last] == last and stop[last] <= most:
@@ -211,7 +214,8 @@ class _Pairs:
 
     def blocks(self) -> Iterator[Block]:
         """Pairs are drawn for a label, so anchors of several don't share a box then."""
-        return blocks(self.contrast.windows, merge=self.contrast.most is None)
+        on_cpu = self.z.device.type == "cpu"
+        return blocks(self.contrast.windows, merge=self.contrast.most is None, on_cpu=on_cpu)
 
     def cosines(self, left: slice | Tensor, right: slice | Tensor) -> Tensor:
         return self.z[left] @ self.z[right].T if self.gram is None else self.gram[left][:, right]

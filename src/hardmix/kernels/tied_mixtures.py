@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Values of the exponentials that are held at a time.
-VALUES = 2**21
+#: Values of the exponentials that are held at a time, on a CPU and on other devices.
+VALUES, DEVICE_VALUES = 2**18, 2**21
 
 
 class Ties(NamedTuple):
@@ -79,7 +79,8 @@ def slopes(
 
 
 def _anchors(ties: Ties) -> int:
-    return max(1, VALUES // max(1, ties.visits))
+    values = VALUES if ties.lam.device.type == "cpu" else DEVICE_VALUES
+    return max(1, values // max(1, ties.visits))
 
 
 def _factors(below: Tensor, above: Tensor, ties: Ties, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
