@@ -106,8 +106,8 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     mixes = run.summary.get("policy") not in (None, "none")
     x, contrast = plots.thin(run.train, "contrast")
     if x:
-        told = f"from {plain(contrast[0], 3)} to {plain(contrast[-1], 3)} by epoch {plain(x[-1], 3)}"
-        alt = f"Contrastive loss goes {told}."
+        span = f"from {plain(contrast[0], 3)} to {plain(contrast[-1], 3)} by epoch {plain(x[-1], 3)}"
+        alt = f"Contrastive loss goes {span}."
         plot = plots.curves([Line(x, contrast, 1)], alt, y_label="contrastive loss", width=WIDE)
         drawn.append((plot, "Contrastive loss, of the embeddings."))
     x, loss = plots.thin(run.train, "loss")
