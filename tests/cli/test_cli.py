@@ -77,6 +77,14 @@ def test_run_eval_report_and_resume(cli, tmp_path):
     assert cli("run", "--resume", "mine")[0] == 0
 
 
+@pytest.mark.parametrize("recipe", ["diabetes-l1", "diabetes-supremix"])
+def test_run_trains_numbers_in_one_stage_and_in_two(cli, tmp_path, recipe):
+    code, out, err = cli("run", recipe, "--smoke", "--out", "numbers")
+    assert code == 0, err
+    assert "MAE" in out
+    assert (tmp_path / "numbers/report.html").is_file()
+
+
 def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_jobs(cli, tmp_path):
     args = ["compare", "demo-none", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
     code, out, err = cli(*args, "--jobs", "1", "--out", "one")
@@ -221,3 +229,13 @@ def test_demo_compares_images_and_then_numbers(cli, monkeypatch, tmp_path):
     assert told == [("demo-none", tmp_path / "here"), ("diabetes-l1", tmp_path / "here-numbers")]
     assert cli("demo", "--set", "train.epochs=1")[0] == 0
     assert [name for name, _ in told[2:]] == ["demo-none"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_sentence_told_once(cli, tmp_path):
+    window = ["--set", "contrast.objective.window=1e-9", "--set", "contrast.epochs=2", "--set", "train.epochs=3"]
+    code, _, err = cli("run", "diabetes-supremix", *window, "--set", "train.warmup_epochs=0", "--out", "numbers")
+    assert code == 0, err
+    assert err.count("a window above") == 1
+    assert err.startswith("hardmix: supremix_loss: no row has another within the window")
+    assert "UserWarning" not in err
