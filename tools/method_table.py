@@ -24,6 +24,7 @@ from torch import nn
 
 from hardmix import losses, tables
 from hardmix.data.catalog import CATALOG, Entry
+from hardmix.data.number_sets import NUMBER_SETS
 from hardmix.data.views import MOVES, PAINTS
 from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled
 from hardmix.mixing.draw import PER
@@ -36,6 +37,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(<!-- generated: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 #: kinds of batches by their number of axes
 KINDS = {2: "features", 3: "series", 4: "images", 5: "volumes"}
+#: targets of a set of numbers that are named
+MOST_TARGETS = 4
 #: policies that benchmarks/mixing.py times
 TIMED = ("mixup", "cutmix", "smoothmix", "fmix", "gridmix", "resizemix")
 #: objective -> what a row of its table is called -> the case in the result file of the benchmark
@@ -385,6 +388,19 @@ def data_sets() -> str:
     return table(("name", "what", "train + test", "C x H x W", "classes", "licence", "how to get it"), rows)
 
 
+def number_sets() -> str:
+    rows = []
+    for entry in NUMBER_SETS.values():
+        many = f"{entry.samples:,}" if entry.samples else "as many as there are" if not entry.targets else "as drawn"
+        targets = ", ".join(f"`{name}`" for name in entry.targets[:MOST_TARGETS])
+        more = f" and {len(entry.targets) - MOST_TARGETS} more" if len(entry.targets) > MOST_TARGETS else ""
+        how = f"`{entry.get}`" if entry.get.startswith(("pip ", "--set ")) else entry.get
+        domains = ", ".join(f"`{name}`" for name in entry.domains)
+        rows.append((f"`{entry.name}`", entry.kind, entry.title, many, targets + more, domains, entry.license, how))
+    head = ("name", "samples are", "what", "how many", "targets", "domains", "licence", "how to get it")
+    return table(head, rows)
+
+
 def _origin(entry: Entry) -> str:
     return "command below" if entry.forms else f"`{entry.get}`" if entry.get.startswith("pip ") else entry.get
 
@@ -459,6 +475,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "objectives": objectives,
     "regression methods": regression_methods,
     "data sets": data_sets,
+    "number sets": number_sets,
     "data commands": data_commands,
     "views": views,
     "models": models,

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 
 from hardmix.data.catalog import survey
+from hardmix.data.number_sets import NUMBER_SETS, find_numbers
 from hardmix.train.recipe import load_recipe, shipped
 
 
 def main() -> int:
-    at_hand = {place.entry.name for place in survey() if place.path is not None} | {"diabetes"}
+    at_hand = {place.entry.name for place in survey() if place.path is not None}
+    at_hand |= {name for name in NUMBER_SETS if find_numbers(name).path is not None}
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in shipped():
