@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -37,18 +38,33 @@ def gather_rows(rows: Tensor) -> Tensor:
         rows: (n_rank, ...) values on any device; the result is on the same one.
     """
     _, size = rank_and_size()
-    if size == 1:
-        return rows
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    local = rows.detach().to(device)
-    counts = torch.zeros(size, dtype=torch.long, device=device)
-    counts[dist.get_rank()] = len(local)
+    return rows if size == 1 else _gather(rows, _row_counts(rows))
+
+
+def _row_counts(rows: Tensor) -> list[int]:
+    """How many rows each rank has."""
+    rank, size = rank_and_size()
+    counts = torch.zeros(size, dtype=torch.long, device=_meeting_place(torch.device("cpu")))
+    counts[rank] = len(rows)
     dist.all_reduce(counts)
-    padded = local.new_zeros((int(counts.max()), *local.shape[1:]))
+    return counts.tolist()
+
+
+def _gather(rows: Tensor, counts: list[int]) -> Tensor:
+    local = rows.detach().to(_meeting_place(rows.device))
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
     padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(size)]
+    parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(rows.device)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
+
+
+def _meeting_place(device: torch.device) -> torch.device:
+    """Where tensors of a device are exchanged: there if the process group does that well, or where it can."""
+    backends = dict(part.split(":") for part in dist.get_backend_config().split(","))
+    if backends.get(device.type, "gloo") != "gloo":
+        return device
+    return torch.device("cpu") if "cpu" in backends else torch.device("cuda", torch.cuda.current_device())
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
@@ -60,10 +76,68 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     rank, size = rank_and_size()
     if size == 1:
         return rows
-    counts = gather_rows(torch.tensor([len(rows)])).tolist()
+    counts = _row_counts(rows)
     first = sum(counts[:rank])
-    together = gather_rows(rows)
+    together = _gather(rows, counts)
     return torch.cat([together[:first], rows, together[first + len(rows) :]])
+
+
+def gather_with_sum(rows: Tensor) -> tuple[Tensor, slice]:
+    """All ranks' rows, for a loss of which every rank computes a part, and where this rank's rows lie among them.
+
+    A part may depend on any row. The gradient of this rank's rows is that of the sum of all ranks' parts, for which the
+    ranks meet in the backward pass as well: each has to run it, with a part that depends on what it got here.
+
+    Args:
+        rows: (n_rank, ...) values on any device; ranks may hold different numbers of rows, none included.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return rows, slice(0, len(rows))
+    counts = _row_counts(rows)
+    first = sum(counts[:rank])
+    return _GatherWithSum.apply(rows, counts, first), slice(first, first + len(rows))
+
+
+class _GatherWithSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], first: int) -> Tensor:
+        ctx.place = slice(first, first + len(rows))
+        return _gather(rows, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Not reduce_scatter, which gloo lacks before torch 2.6 and which wants parts of one size.
+        return _sum(grad)[ctx.place], None, None
+
+
+def mean_of_parts(part: Tensor) -> Tensor:
+    """The mean of all ranks' parts, on every rank, whose gradient is that of this rank's own part.
+
+    For the value of a loss: DDP and its like average the gradients of the parameters over the ranks, which makes the
+    gradient of the mean out of those of the parts.
+    """
+    _, size = rank_and_size()
+    return part if size == 1 else _MeanOfParts.apply(part, size)
+
+
+class _MeanOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, size: int) -> Tensor:
+        return _sum(part) / size
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum over the ranks, on every rank and on the device of the values, which stay as they are."""
+    total = values.detach().to(_meeting_place(values.device), copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,10 +155,19 @@ def largest(value: int) -> int:
     _, size = rank_and_size()
     if size == 1:
         return value
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    shared = torch.tensor(value, device=device)
+    shared = torch.tensor(value, device=_meeting_place(torch.device("cpu")))
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def rows_from_first(rows: Tensor) -> Tensor:
+    """Rank 0's tensor on every rank, without gradient; all pass one of the same shape, dtype and kind of device."""
+    _, size = rank_and_size()
+    if size == 1:
+        return rows
+    shared = rows.detach().to(_meeting_place(rows.device), copy=True, memory_format=torch.contiguous_format)
+    dist.broadcast(shared, src=0)
+    return shared.to(rows.device)
 
 
 def from_first(value: Any) -> Any:

@@ -1,17 +1,25 @@
-"""CLIP and SigLIP: each image to its own text among those of the batch, and each text to its image."""
+"""CLIP and SigLIP: each image to its own text among those of the batch, and each text to its image.
+
+The functions compare the pairs they are given. The modules compare those of all processes: see `ClipLoss`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hardmix import _check
 from hardmix._math import is_transformed, reduce, softplus, unit, wide
+from hardmix.distributed import gather_with_sum, mean_of_parts, rank_and_size, rows_from_first
 from hardmix.kernels.pair_contrast import Term, pair_contrast
 
 REDUCTIONS = ("none", "mean", "sum")
+#: What open_clip's classes are told about processes, beside `rank` and `world_size`, and need not be told here.
+OPEN_CLIP = ("local_loss", "gather_with_grad", "cache_labels", "use_horovod", "dist_impl", "chunk_size")
 
 
 def clip_loss(
@@ -22,7 +30,7 @@ def clip_loss(
         l_i = 1/2 [log sum_j exp(s a_i . b_j) - s a_i . b_i]  +  1/2 [log sum_j exp(s b_i . a_j) - s b_i . a_i]
 
     Above 1,024 pairs the N x N logits are formed in tiles, twice, and memory grows with N. Pairs are compared with all
-    pairs of the batch; processes do not exchange theirs.
+    pairs of the batch; processes do not exchange theirs, as those of `ClipLoss` do.
 
     Args:
         image_features, text_features: (N, D), row i of both is a pair. Any float dtype and length; rows are normalised,
@@ -48,10 +56,14 @@ def clip_loss(
     """
     who = "clip_loss"
     _check.choice(who, "reduction", reduction, REDUCTIONS)
-    a, b = unit_pairs(who, image_features, text_features)
+    return _clip(who, gathered(who, image_features, text_features, False), logit_scale, reduction)
+
+
+def _clip(who: str, pairs: Gathered, logit_scale: Tensor | float, reduction: str) -> Tensor:
+    a, b, own = pairs.a, pairs.b, pairs.own
     scale = one_number(who, "logit_scale", logit_scale, a)
-    others = pair_contrast(a, b, [Term(scale=scale)])[0]
-    return reduce(cross_entropy(others, scale * (a * b).sum(1)), reduction)
+    others = pair_contrast(a, b, [Term(scale=scale)], first=own.start, last=own.stop)[0]
+    return pairs.reduce(cross_entropy(others, scale * (a[own] * b[own]).sum(1)), reduction)
 
 
 class ClipLoss(nn.Module):
@@ -59,14 +71,34 @@ class ClipLoss(nn.Module):
 
     `logit_bias` cancels in a softmax; it only gets its gradient of 0. `output_dict=True` gives {"contrastive_loss": .}.
 
+    Processes. With a process group, each one's pairs are compared with those of all of them. Rows are exchanged, and
+    their gradients on the way back; a process forms the logits of its own rows alone, n x M instead of M x M. On every
+    process "mean" and "sum" are the value over all M pairs, and after DDP's averaging every gradient is that of one
+    process with all pairs, the scale's included. "none" is this process's own (n,), of which the caller has to take
+    care. Numbers of pairs may differ, down to none on some. All processes have to call the loss, and run its backward
+    pass, equally often.
+
+    Args:
+        reduction: see `clip_loss`.
+        gather: False for the pairs of this process alone, as where only one of them computes the loss.
+        open_clip: keywords of open_clip's own class, so that calls of that work. `rank` and `world_size` have to be
+            those of the process group. The others have no effect: the gradient is what open_clip has with
+            `gather_with_grad=True`, the memory what it has with `local_loss=True`, and the value its global one.
+
+    Raises:
+        TypeError, ValueError: a keyword that open_clip does not have, another process group than the one there is, or
+            horovod, which there is no exchange for.
+
     >>> import torch
     >>> ClipLoss()(torch.randn(8, 16), torch.randn(8, 16), 100.0).shape
     torch.Size([])
     """
 
-    def __init__(self, *, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
         super().__init__()
-        self.reduction = _check.choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
+        who = type(self).__name__
+        self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
+        self.gather = check_processes(who, gather, open_clip)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
@@ -80,8 +112,8 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see `clip_loss`."""
-        loss = clip_loss(image_features, text_features, logit_scale, reduction=self.reduction)
-        loss = without_effect(loss, logit_bias)
+        pairs = gathered("clip_loss", image_features, text_features, self.gather)
+        loss = without_effect(_clip("clip_loss", pairs, logit_scale, self.reduction), logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -112,24 +144,34 @@ def siglip_loss(
     """
     who = "siglip_loss"
     _check.choice(who, "reduction", reduction, REDUCTIONS)
-    a, b = unit_pairs(who, image_features, text_features)
+    return _siglip(who, gathered(who, image_features, text_features, False), logit_scale, logit_bias, reduction)
+
+
+def _siglip(
+    who: str, pairs: Gathered, logit_scale: Tensor | float, logit_bias: Tensor | float | None, reduction: str
+) -> Tensor:
+    a, b, own = pairs.a, pairs.b, pairs.own
     scale = one_number(who, "logit_scale", logit_scale, a)
     bias = one_number(who, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)
-    others = pair_contrast(a, b, [Term(scale=scale)], bias=bias)[0]
-    return reduce(softplus(-bias - scale * (a * b).sum(1)) + others.mean(0), reduction)
+    others = pair_contrast(a, b, [Term(scale=scale)], bias=bias, first=own.start, last=own.stop)[0]
+    return pairs.reduce(softplus(-bias - scale * (a[own] * b[own]).sum(1)) + others.mean(0), reduction)
 
 
 class SigLipLoss(nn.Module):
     """`siglip_loss` in the place of open_clip's class: same call, same value. Nothing is learnt.
+
+    Settings and what happens with several processes are as for `ClipLoss`.
 
     >>> import torch
     >>> SigLipLoss()(torch.randn(8, 16), torch.randn(8, 16), 10.0, -10.0).shape
     torch.Size([])
     """
 
-    def __init__(self, *, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
         super().__init__()
-        self.reduction = _check.choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
+        who = type(self).__name__
+        self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
+        self.gather = check_processes(who, gather, open_clip)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
@@ -143,17 +185,71 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see `siglip_loss`."""
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, reduction=self.reduction)
+        pairs = gathered("siglip_loss", image_features, text_features, self.gather)
+        loss = _siglip("siglip_loss", pairs, logit_scale, logit_bias, self.reduction)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+class Gathered(NamedTuple):
+    """Unit rows (M, D) of the pairs of `ranks` processes, and where this one's own are. Of one process, M = N."""
+
+    a: Tensor
+    b: Tensor
+    own: slice
+    ranks: int
+
+    def reduce(self, per_pair: Tensor, reduction: str = "mean") -> Tensor:
+        """Over all processes' pairs, from the values of those that this one answers for."""
+        if self.ranks == 1 or reduction == "none":
+            return reduce(per_pair, reduction)
+        weight = self.ranks / (len(self.a) if reduction == "mean" else 1)
+        return mean_of_parts(per_pair.sum() * weight)
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """What was drawn, alike on all processes."""
+        return values if self.ranks == 1 else rows_from_first(values)
+
+
+def gathered(who: str, image_features: Tensor, text_features: Tensor, gather: bool) -> Gathered:
+    """Checked pairs of all processes, or of this one alone. With several, those without pairs may come along."""
+    ranks = rank_and_size()[1] if gather else 1
+    a, b = unit_pairs(who, image_features, text_features, empty=ranks > 1)
+    if ranks == 1:
+        return Gathered(a, b, slice(0, len(a)), 1)
+    both, own = gather_with_sum(torch.stack((a, b)).transpose(0, 1))  # (M, 2, D)
+    if not len(both):
+        raise ValueError(f"{who}: image_features is empty on all {ranks} processes; pass at least one sample.")
+    return Gathered(both[:, 0].contiguous(), both[:, 1].contiguous(), own, ranks)
+
+
+def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -> bool:
+    """`gather`, once open_clip's keywords are known to ask for nothing else."""
+    if not isinstance(gather, bool):
+        raise TypeError(f"{who}: gather is {gather!r}; pass True or False.")
+    own = dict(zip(("rank", "world_size"), rank_and_size(), strict=True))
+    for name, value in open_clip.items():
+        if name not in own and name not in OPEN_CLIP:
+            hint = _check.did_you_mean(name, (*own, *OPEN_CLIP))
+            raise TypeError(f"{who}: there is no setting {name!r}{hint}; leave it out.")
+        if gather and name in own and value != own[name]:
+            raise ValueError(
+                f"{who}: {name} is {value!r} but that of the process group is {own[name]}; call "
+                "torch.distributed.init_process_group first, or pass gather=False to compare no other process's pairs."
+            )
+        if name == "use_horovod" and value:
+            raise ValueError(f"{who}: use_horovod is {value!r}; pass False and use torch.distributed.")
+    return gather
+
+
 def unit_pairs(
-    who: str, image_features: Tensor, text_features: Tensor, order: Tensor | None = None
+    who: str, image_features: Tensor, text_features: Tensor, *, empty: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Checked features (N, D) as rows of length 1 in float32 or wider, in the given order."""
+    """Checked features (N, D) as rows of length 1 in float32 or wider; N = 0 only where that may be."""
     features = []
     for name, value in (("image_features", image_features), ("text_features", text_features)):
-        x = _check.batch(who, name, value, 2, 2)
+        x = _check.tensor(who, name, value)
+        if not (empty and x.ndim == 2 and len(x) == 0):
+            x = _check.batch(who, name, x, 2, 2)
         if not x.is_floating_point():
             raise TypeError(f"{who}: {name} has dtype {x.dtype}; pass floating-point values.")
         features.append(x)
@@ -168,9 +264,6 @@ def unit_pairs(
     _check.finite(who, "image_features", a)
     _check.finite(who, "text_features", b)
     dtype = wide(torch.promote_types(a.dtype, b.dtype))
-    if order is not None:
-        order = order.to(a.device)
-        a, b = a.index_select(0, order), b.index_select(0, order)
     return unit(a.to(dtype)), unit(b.to(dtype))
 
 

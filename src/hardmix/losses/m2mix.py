@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,7 +11,16 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import reduce, softplus
 from hardmix.kernels.pair_contrast import Term, pair_contrast
-from hardmix.losses.clip import REDUCTIONS, cross_entropy, one_number, unit_pairs, without_effect
+from hardmix.losses.clip import (
+    REDUCTIONS,
+    Gathered,
+    check_processes,
+    cross_entropy,
+    gathered,
+    one_number,
+    unit_pairs,
+    without_effect,
+)
 from hardmix.mixing.draw import cpu_generator, draw_beta, move
 from hardmix.mixing.geodesic import shares, slerp_coefficients
 
@@ -41,7 +51,8 @@ def m2mix_loss(
     Anchors are not mixed, the positive is the original pair, and both directions meet the same mixtures. Gradients go
     through the mixtures, their angle included; lam is a constant. Mixtures are not formed: cosines with them follow
     from those of the rows, so further draws need no further products. Above 1,024 pairs these are formed in tiles,
-    twice, and memory grows with N. Pairs are compared with all pairs of the batch; processes do not exchange theirs.
+    twice, and memory grows with N. Pairs are compared with all pairs of the batch; processes do not exchange theirs,
+    as those of `M2MixLoss` do.
 
     Args:
         image_features, text_features: (N, D), row i of both is a pair. Any float dtype and length; rows are normalised,
@@ -55,7 +66,7 @@ def m2mix_loss(
         replace: what the mixtures stand for: "negatives" as above; "positives", each pair's own mixture as a_i . m_i
             and b_i . m_i against unmixed negatives; or "both".
         reduction: "mean" over the pairs, "sum", or "none".
-        generator: CPU generator of the draws; None takes torch's global one. Processes need generators in step.
+        generator: CPU generator of the draws; None takes torch's global one.
 
     Returns:
         Scalar, or (N,) for "none", float32 or wider. N = 1 has no other pair: 0, with a gradient of zeros. lam = 1
@@ -89,21 +100,38 @@ def m2mix_loss(
 
 
 class Scheduled(nn.Module):
-    """What the weight of a mixed term is multiplied by: 1, or 1 / (epoch + 1)."""
+    """What the losses with mixed terms have in common beside these: which pairs, how often to draw, and a factor of the
+    weights, 1 or 1 / (epoch + 1)."""
 
     epoch: Tensor
 
-    def __init__(self, schedule: str | None) -> None:
+    def __init__(
+        self, schedule: str | None, accumulate: int = 1, gather: bool = True, open_clip: Mapping[str, object] = {}
+    ) -> None:
         super().__init__()
+        who = type(self).__name__
         if schedule not in (None, "inverse"):
-            who = type(self).__name__
             raise ValueError(f"{who}: schedule is {schedule!r}; pass 'inverse', or None for a constant weight.")
         self.schedule = schedule
+        self.accumulate = _check.integer(who, "accumulate", accumulate, 1)
+        self.gather = check_processes(who, gather, open_clip)
+        self._calls, self._seed = 0, 0
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the schedule which epoch it is, counted from 0."""
         self.epoch.fill_(_check.integer(f"{type(self).__name__}.set_epoch", "epoch", epoch, 0))
+
+    def drawing(self, generator: Generator | None) -> Generator | None:
+        """What a call draws from: the given generator or, where `accumulate` calls share their draws, one that starts
+        alike in all of them."""
+        if self.accumulate == 1 or not self.training:
+            return generator
+        generator = cpu_generator(type(self).__name__, generator)
+        if self._calls % self.accumulate == 0:
+            self._seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        self._calls += 1
+        return torch.Generator().manual_seed(self._seed)
 
     def scheduled(self, term: Tensor) -> Tensor:
         """A mixed term times the factor of this epoch, which no device is asked for."""
@@ -118,8 +146,11 @@ class M2MixLoss(Scheduled):
     L_CLIP is `clip_loss` at the model's `logit_scale`, L_m2 is `m2mix_loss` at a temperature of its own, and both come
     from the same products of rows. Shapes, edges and errors are those of these two; `lam` and `generator` are keywords
     of the call. `logit_bias` cancels and only gets its gradient of 0. `output_dict=True` gives {"contrastive_loss":
-    L_CLIP, "m2mix_loss": w f(e) L_m2}, whose sum is the loss. Steps that accumulate gradients, and processes, should
-    share one lam: pass it, or generators in the same state.
+    L_CLIP, "m2mix_loss": w f(e) L_m2}, whose sum is the loss.
+
+    Processes compare the pairs of all of them, as for `ClipLoss`. They share one lam: each draws, so that generators
+    stay in step, and what process 0 has drawn, or was given, holds for all. A given lam is for the M pairs of all
+    processes, in the order of these.
 
     Args:
         weight: w, greater than 0; the authors used .05, .01, .005 and .001.
@@ -129,6 +160,9 @@ class M2MixLoss(Scheduled):
             first. The epoch is part of the state that is saved.
         weight_convention: "paper" as above; "code" counts w twice, as the released code does, whose two directions are
             added without the 1/2.
+        accumulate: how many calls in a row, those of one step (open_clip's `--accum-freq`), share their draws. Calls in
+            evaluation mode are not counted, nor are those with a lam of their own.
+        gather, open_clip: which pairs are compared, and keywords of open_clip's class; see `ClipLoss`.
 
     Reference: Oh et al. 2023, arXiv:2203.03897.
 
@@ -148,8 +182,11 @@ class M2MixLoss(Scheduled):
         per: str = "batch",
         replace: str = "negatives",
         weight_convention: str = "paper",
+        accumulate: int = 1,
+        gather: bool = True,
+        **open_clip: Any,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, accumulate, gather, open_clip)
         who = type(self).__name__
         self.weight = _check.positive(who, "weight", weight)
         check_draws(who, alpha, draws, per)
@@ -175,23 +212,32 @@ class M2MixLoss(Scheduled):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        a, b = unit_pairs(who, image_features, text_features)
+        pairs = gathered(who, image_features, text_features, self.gather)
+        a, b, own = pairs.a, pairs.b, pairs.own
         scale = one_number(who, "logit_scale", logit_scale, a)
         c = (a * b).sum(1)
-        mixed = self._mixed(who, c, scale, lam, generator)
-        others = pair_contrast(a, b, [Term(scale=scale), *mixed.terms])
-        contrastive = without_effect(cross_entropy(others[0], scale * c).mean(), logit_bias)
+        mixed = self._mixed(who, pairs, c, scale, lam, generator)
+        others = pair_contrast(a, b, [Term(scale=scale), *mixed.terms], first=own.start, last=own.stop)
+        contrastive = without_effect(pairs.reduce(cross_entropy(others[0], scale * c[own])), logit_bias)
         weight = self.weight if self.weight_convention == "paper" else 2.0 * self.weight
-        term = weight * self.scheduled(mixed.loss(others[1:]).mean())
+        term = weight * self.scheduled(pairs.reduce(mixed.loss(others[1:])))
         return {"contrastive_loss": contrastive, "m2mix_loss": term} if output_dict else contrastive + term
 
     def _mixed(
-        self, who: str, c: Tensor, scale: Tensor, lam: Tensor | float | None, generator: Generator | None
+        self,
+        who: str,
+        pairs: Gathered,
+        c: Tensor,
+        scale: Tensor,
+        lam: Tensor | float | None,
+        generator: Generator | None,
     ) -> Mixed:
-        drawn = draw_shares(who, c, lam, self.alpha, self.draws, self.per, generator)
+        generator = self.drawing(generator) if lam is None else generator
+        drawn = pairs.agreed(draw_shares(who, c, lam, self.alpha, self.draws, self.per, generator))
         if self.temperature is not None:
             scale = one_number(who, "temperature", 1.0 / self.temperature, c)
-        return mixed_rows(c, drawn, scale, self.replace)
+        mixed = mixed_rows(c, drawn, scale, self.replace)
+        return Mixed(mixed.terms, mixed.own[..., pairs.own])
 
 
 class M2MixSigLipLoss(M2MixLoss):
@@ -219,8 +265,21 @@ class M2MixSigLipLoss(M2MixLoss):
         schedule: str | None = None,
         draws: int = 1,
         per: str = "batch",
+        accumulate: int = 1,
+        gather: bool = True,
+        **open_clip: Any,
     ) -> None:
-        super().__init__(weight=weight, alpha=alpha, temperature=temperature, schedule=schedule, draws=draws, per=per)
+        super().__init__(
+            weight=weight,
+            alpha=alpha,
+            temperature=temperature,
+            schedule=schedule,
+            draws=draws,
+            per=per,
+            accumulate=accumulate,
+            gather=gather,
+            **open_clip,
+        )
 
     def forward(
         self,
@@ -235,15 +294,16 @@ class M2MixSigLipLoss(M2MixLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        a, b = unit_pairs(who, image_features, text_features)
+        pairs = gathered(who, image_features, text_features, self.gather)
+        a, b, own = pairs.a, pairs.b, pairs.own
         scale = one_number(who, "logit_scale", logit_scale, a)
         bias = one_number(who, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)
         c = (a * b).sum(1)
-        mixed = self._mixed(who, c, scale, lam, generator)
-        others = pair_contrast(a, b, [Term(scale=scale), *mixed.terms], bias=bias)
-        contrastive = (softplus(-bias - scale * c) + others[0].mean(0)).mean()
+        mixed = self._mixed(who, pairs, c, scale, lam, generator)
+        others = pair_contrast(a, b, [Term(scale=scale), *mixed.terms], bias=bias, first=own.start, last=own.stop)
+        contrastive = pairs.reduce(softplus(-bias - scale * c[own]) + others[0].mean(0))
         per_pair = softplus(-bias - mixed.own) + others[1:].mean((0, 1))
-        term = self.weight * self.scheduled(per_pair.mean())
+        term = self.weight * self.scheduled(pairs.reduce(per_pair))
         return {"contrastive_loss": contrastive, "m2mix_loss": term} if output_dict else contrastive + term
 
 

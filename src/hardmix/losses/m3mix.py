@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
 from hardmix._math import reduce, softplus
+from hardmix.distributed import rank_and_size
 from hardmix.kernels.pair_contrast import LOWEST, Term, pair_contrast, partner_order, tile_rows
-from hardmix.losses.clip import REDUCTIONS, cross_entropy, one_number, unit_pairs, without_effect
-from hardmix.losses.m2mix import CONVENTIONS, Scheduled, check_draws, draw_shares, mixed_rows
+from hardmix.losses.clip import REDUCTIONS, Gathered, cross_entropy, gathered, one_number, without_effect
+from hardmix.losses.m2mix import CONVENTIONS, Mixed, Scheduled, check_draws, draw_shares, mixed_rows
 from hardmix.mixing.draw import move
 from hardmix.mixing.geodesic import slerp_coefficients
 
@@ -45,7 +46,8 @@ def unimodal_mix_loss(
         T   = lam I + (1 - lam) J,   J_ij = 1 for j = r     or, for "joint", T = I
 
     No mixture is formed: cosines with them follow from those of the rows. Above 1,024 pairs those are formed in tiles,
-    twice, and memory grows with N. Pairs are compared with all pairs of the batch; processes do not exchange theirs.
+    twice, and memory grows with N. Pairs are compared with all pairs of the batch; processes do not exchange theirs,
+    as those of `M3MixLoss` do.
 
     Args:
         image_features, text_features, logit_scale: as for `clip_loss`; the scale is that of the unmixed loss.
@@ -86,11 +88,11 @@ def unimodal_mix_loss(
     _check.choice(who, "reduction", reduction, REDUCTIONS)
     if mix == "given" and target == "mixed" and lam is None:
         raise ValueError(f"{who}: lam is None; pass the share that the features were mixed with.")
-    batch = _reversed_batch(who, image_features, text_features)
+    batch = _reversed_batch(who, image_features, text_features, False)
     scale = one_number(who, "logit_scale", logit_scale, batch.a)
     drawn = batch.shares(who, lam, alpha, 1, per, generator)
     part = _part(batch, mix, drawn, scale, target, negatives)
-    return reduce(part.loss(batch, pair_contrast(batch.a, batch.b, part.terms))[batch.back], reduction)
+    return reduce(part.loss(batch, batch.contrast(part.terms))[batch.order.argsort()], reduction)
 
 
 class M3MixLoss(Scheduled):
@@ -103,6 +105,9 @@ class M3MixLoss(Scheduled):
     those of these functions. Call, `lam` (for all terms alike), `generator` and `output_dict` are as for `M2MixLoss`,
     with the sum of all mixed terms under "m3mix_loss".
 
+    Processes compare and mix the pairs of all of them, M in number, and share each lam, as for `M2MixLoss`: row i meets
+    row M - 1 - i, mostly another process's. A process answers for the logits of M / ranks rows, which may be others'.
+
     Args:
         image_weight, text_weight, joint_weight, m2_weight: v, l, vl, w, at least 0; a term without weight costs
             nothing. The authors' m3 scripts have .05, .05, one of .05, .1, .2, and .01.
@@ -114,6 +119,7 @@ class M3MixLoss(Scheduled):
         joint_target: "identity", or "code" for the released target of VL, I + J.
         negatives: "mixed", or "original"; see `unimodal_mix_loss`.
         weight_convention: "paper" as above; "code" counts w twice, as the released code does.
+        accumulate, gather, open_clip: see `M2MixLoss`.
 
     Reference: Oh et al. 2023, arXiv:2203.03897.
 
@@ -138,8 +144,11 @@ class M3MixLoss(Scheduled):
         joint_target: str = "identity",
         negatives: str = "mixed",
         weight_convention: str = "paper",
+        accumulate: int = 1,
+        gather: bool = True,
+        **open_clip: Any,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, accumulate, gather, open_clip)
         who = type(self).__name__
         given = {"image": image_weight, "text": text_weight, "joint": joint_weight, "m2": m2_weight}
         self.weights = {name: _check.non_negative(who, f"{name}_weight", value) for name, value in given.items()}
@@ -170,8 +179,9 @@ class M3MixLoss(Scheduled):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        batch = _reversed_batch(who, image_features, text_features)
-        scale = one_number(who, "logit_scale", logit_scale, batch.a)
+        batch = _reversed_batch(who, image_features, text_features, self.gather)
+        own, scale = batch.own, one_number(who, "logit_scale", logit_scale, batch.a)
+        generator = self.drawing(generator) if lam is None else generator
         parts = []
         for mix in ("image", "text", "joint"):
             # Drawn whatever the weight, so that leaving a term out does not change the others' draws.
@@ -181,38 +191,54 @@ class M3MixLoss(Scheduled):
                 parts.append((self.weights[mix], _part(batch, mix, drawn, scale, target, self.negatives)))
         drawn = batch.shares(who, lam, self.m2_alpha, self.draws, self.per, generator, partners=False)
         mixed = mixed_rows(
-            batch.own,
+            batch.cos,
             drawn,
             scale if self.temperature is None else one_number(who, "temperature", 1.0 / self.temperature, batch.a),
         )
+        mixed = Mixed(mixed.terms, mixed.own[own])
         terms = [Term(scale=scale), *(term for _, part in parts for term in part.terms)]
-        others = pair_contrast(batch.a, batch.b, terms + (mixed.terms if self.weights["m2"] else []))
-        contrastive = without_effect(cross_entropy(others[0], scale * batch.own).mean(), logit_bias)
-        at, total = 1, torch.zeros_like(contrastive)
+        others = batch.contrast(terms + (mixed.terms if self.weights["m2"] else []))
+        contrastive = batch.pairs.reduce(cross_entropy(others[0], scale * batch.cos[own]))
+        at, total = 1, torch.zeros_like(others[0, 0])  # (n,)
         for weight, part in parts:
-            total = total + weight * part.loss(batch, others[at : at + len(part.terms)]).mean()
+            total = total + weight * part.loss(batch, others[at : at + len(part.terms)])
             at += len(part.terms)
         if self.weights["m2"]:
             weight = self.weights["m2"] * (1.0 if self.weight_convention == "paper" else 2.0)
-            total = total + weight * mixed.loss(others[at:]).mean()
-        total = self.scheduled(total)
+            total = total + weight * mixed.loss(others[at:])
+        contrastive, total = without_effect(contrastive, logit_bias), self.scheduled(batch.pairs.reduce(total))
         return {"contrastive_loss": contrastive, "m3mix_loss": total} if output_dict else contrastive + total
 
 
 class _Batch(NamedTuple):
-    """Unit rows in an order in which partners, i and N - 1 - i, share a tile.
+    """Unit rows in an order in which partners, i and M - 1 - i, share a tile, and the places this process answers for.
 
-    order: (N,) the row at a place; back: its inverse; partner: (N,) the place of a place's partner. own, across: (N,)
-    cosines of an image with its text and with its partner's.
+    order: (M,) the row at a place. partner: (M,) the place of a place's partner. cos, across: (M,) cosines of an image
+    with its text and with its partner's.
     """
 
-    a: Tensor
-    b: Tensor
+    pairs: Gathered
+    tiles: list[slice]
     order: Tensor
-    back: Tensor
     partner: Tensor
-    own: Tensor
+    cos: Tensor
     across: Tensor
+
+    @property
+    def a(self) -> Tensor:
+        return self.pairs.a
+
+    @property
+    def b(self) -> Tensor:
+        return self.pairs.b
+
+    @property
+    def own(self) -> slice:
+        return self.pairs.own
+
+    def contrast(self, terms: list[Term]) -> Tensor:
+        """(T, 2, n) for the places of this process."""
+        return pair_contrast(self.a, self.b, terms, tiles=self.tiles, first=self.own.start, last=self.own.stop)
 
     def shares(
         self,
@@ -225,7 +251,7 @@ class _Batch(NamedTuple):
         partners: bool = True,
     ) -> Tensor:
         """Shares (S, 1) or (S, N) in the order of the rows; partners share theirs unless told otherwise."""
-        drawn = draw_shares(who, self.a, lam, alpha, draws, per, generator)
+        drawn = self.pairs.agreed(draw_shares(who, self.a, lam, alpha, draws, per, generator))
         if drawn.shape[1] == 1:
             return drawn
         if partners and lam is None:
@@ -246,16 +272,17 @@ class _Part(NamedTuple):
     target: str
 
     def loss(self, batch: _Batch, others: Tensor) -> Tensor:
-        """(N,) from the log-sum-exp of the logits that have no part in a target, (T, 2, N)."""
-        own, across = self.own[:, None], torch.stack((self.across, self.across[:, batch.partner]), 1)  # (S, 2, N)
-        alone = batch.partner == torch.arange(len(batch.partner), device=batch.partner.device)
+        """(n,) from the log-sum-exp of the logits that have no part in a target, (T, 2, n)."""
+        at, partner = batch.own, batch.partner[batch.own]
+        own, across = self.own[:, None, at], torch.stack((self.across[:, at], self.across[:, partner]), 1)  # (S, 2, n)
+        alone = partner == torch.arange(at.start, at.stop, device=partner.device)
         first = softplus(torch.logaddexp(others, across.masked_fill(alone, LOWEST)) - own)
         if self.target == "identity":
             return first.mean((0, 1))
         second = torch.where(alone, first, softplus(torch.logaddexp(others, own) - across))
         if self.target == "code":
             return (first + second).mean((0, 1))
-        lam = self.lam[:, None]
+        lam = self.lam[:, None] if self.lam.shape[1] == 1 else self.lam[:, None, at]
         return (lam * first + (1.0 - lam) * second).mean((0, 1))
 
 
@@ -263,17 +290,21 @@ def _default_target(mix: str) -> str:
     return "identity" if mix == "joint" else "mixed"
 
 
-def _reversed_batch(who: str, image_features: Tensor, text_features: Tensor) -> _Batch:
-    rows = _check.batch(who, "image_features", image_features, 2, 2)
-    order, partner = (move(place, rows.device) for place in partner_order(tile_rows(len(rows), rows.device)))
-    text = _check.tensor(who, "text_features", text_features)
-    a, b = unit_pairs(who, rows, text, order)
-    return _Batch(a, b, order, order.argsort(), partner, (a * b).sum(1), (a * b[partner]).sum(1))
+def _reversed_batch(who: str, image_features: Tensor, text_features: Tensor, gather: bool) -> _Batch:
+    a, b, _, ranks = gathered(who, image_features, text_features, gather)
+    rank = rank_and_size()[0] if ranks > 1 else 0
+    # Parts of whole pairs of partners, which have no tile in common.
+    cuts = [2 * (len(a) // 2 * k // ranks) for k in range(ranks)] + [len(a)]
+    tiles = tile_rows(len(a), a.device, cuts)
+    order, partner = (move(place, a.device) for place in partner_order(tiles))
+    a, b = a[order], b[order]
+    pairs = Gathered(a, b, slice(cuts[rank], cuts[rank + 1]), ranks)
+    return _Batch(pairs, tiles, order, partner, (a * b).sum(1), (a * b[partner]).sum(1))
 
 
 def _part(batch: _Batch, mix: str, lam: Tensor, scale: Tensor, target: str, negatives: str) -> _Part:
     """What one kind of mixing asks of a batch."""
-    own, across = scale * batch.own[None], scale * batch.across[None]  # (S, N)
+    own, across = scale * batch.cos[None], scale * batch.across[None]  # (S, N)
     image = text = None
     p = batch.partner
     if mix in ("image", "joint"):
