@@ -132,7 +132,12 @@ def digest(paths: list[Path]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for style, name in PACKAGES.items():
-        parser.add_argument(style, type=Path, metavar=name.rpartition("-")[2].upper(), help=f"unpacked {name}")
+        parser.add_argument(
+            style,
+            type=Path,
+            metavar=name.removeprefix("emoji-datasource-").removesuffix("-data").upper(),
+            help=f"unpacked {name}",
+        )
     parser.add_argument("--check", action="store_true", help="compare with the committed record, write nothing")
     arguments = parser.parse_args()
 

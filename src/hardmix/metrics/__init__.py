@@ -5,6 +5,7 @@ from hardmix.metrics.classification import classification_metrics, mixed_accurac
 from hardmix.metrics.corruptions import corrupt
 from hardmix.metrics.label_errors import ShotBins, error_by_label, principal_components, shot_bins, shot_errors
 from hardmix.metrics.regression import local_linearity, ordinality, regression_metrics, shot_metrics
+from hardmix.metrics.retrieval import retrieval_metrics, retrieval_ranks
 from hardmix.metrics.robustness import (
     corruption_accuracy,
     fgsm_accuracy,
@@ -37,6 +38,8 @@ __all__ = [
     "principal_components",
     "regression_metrics",
     "reliability",
+    "retrieval_metrics",
+    "retrieval_ranks",
     "shot_bins",
     "shot_errors",
     "shot_metrics",

@@ -1,0 +1,123 @@
+"""Pictures with texts that describe them: what image-text models are tuned and measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hardmix import _check
+from hardmix.data.decode import shown
+from hardmix.data.numbers import TEST, TRAIN, VALIDATION
+from hardmix.data.tables import split_rows
+
+SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+
+
+class Pairs(NamedTuple):
+    """N pictures, in memory, each with one or more texts.
+
+    Rows with the same `concept` have the same texts: a picture of one in another style, or another picture with the
+    same caption. Their texts are right for each of them. Splits of ours keep a concept together; a table of the user's
+    may not.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        captions: N tuples of one or more texts, the one to use if only one is used first.
+        concept: (N,) long.
+        name: the data set.
+        license: of pictures and texts.
+        source: the path of the file or folder, or the package that holds it.
+        ids: what messages call the pictures, N words.
+        split: (N,) uint8 with TRAIN, VALIDATION or TEST; None to draw it, see `draw_split`.
+        style, style_names: (N,) long, how or by whom the picture is drawn; None and () where there is one style.
+        group, group_names: (N,) long, a few coarse classes of what is shown; None and () where none are known.
+        subgroup, subgroup_names: the same, finer; each subgroup lies in one group.
+    """
+
+    images: Tensor
+    captions: Sequence[tuple[str, ...]]
+    concept: Tensor
+    name: str
+    license: str
+    source: str
+    ids: Sequence[str]
+    split: Tensor | None = None
+    style: Tensor | None = None
+    style_names: tuple[str, ...] = ()
+    group: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+    subgroup: Tensor | None = None
+    subgroup_names: tuple[str, ...] = ()
+
+    def take(self, rows: Tensor) -> Pairs:
+        """The pairs of `rows` (M,) long, in that order. Concepts, styles and classes keep their numbers.
+
+        Raises:
+            TypeError, ValueError: not a list of rows, or a row that isn't there.
+        """
+        rows = _check.tensor("Pairs.take", "rows", rows)
+        if rows.ndim != 1 or rows.dtype != torch.long:
+            raise TypeError(f"Pairs.take: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}; pass (M,) long.")
+        chosen = rows.tolist()
+        wrong = [row for row in chosen if not 0 <= row < len(self.captions)]
+        if wrong:
+            raise ValueError(f"Pairs.take: rows holds {wrong[0]}; pass rows from 0 to {len(self.captions) - 1}.")
+        return self._replace(
+            images=self.images[rows],
+            captions=[self.captions[row] for row in chosen],
+            concept=self.concept[rows],
+            ids=[self.ids[row] for row in chosen],
+            split=None if self.split is None else self.split[rows],
+            style=None if self.style is None else self.style[rows],
+            group=None if self.group is None else self.group[rows],
+            subgroup=None if self.subgroup is None else self.subgroup[rows],
+        )
+
+    def part(self, split: str, styles: Sequence[str] = ()) -> Pairs:
+        """The pairs of one split: "train", "validation" or "test"; with `styles`, those of these styles only.
+
+        Raises:
+            ValueError: the set has no splits or no styles, an unknown name, or nothing is left.
+        """
+        who = "Pairs.part"
+        _check.choice(who, "split", split, SPLIT_NAMES)
+        if self.split is None:
+            raise ValueError(f"{who}: {self.name} has no splits; give it some with `draw_split`.")
+        keep = self.split == SPLIT_NAMES[split]
+        if styles:
+            if self.style is None:
+                raise ValueError(f"{who}: styles is {styles!r}, but {self.name} has none; leave it out.")
+            numbers = [self.style_names.index(_check.choice(who, "styles", name, self.style_names)) for name in styles]
+            keep = keep & torch.isin(self.style, torch.tensor(numbers))
+        if not bool(keep.any()):
+            drawn = f" in the styles {', '.join(styles)}" if styles else ""
+            raise ValueError(f"{who}: {shown(self.source)} has nothing for {split}{drawn}; take another part.")
+        return self.take(keep.nonzero()[:, 0])
+
+
+def draw_split(concept: Tensor, *, test: float = 0.2, validation: float = 0.1, seed: int = 0) -> Tensor:
+    """(N,) uint8 splits by chance: round(test K) of the K concepts are for testing, round(validation K) for validation.
+
+    Each concept goes into one split with all its rows, so a text that was trained on never comes up in a test. The
+    test concepts depend on `seed` and their number only.
+
+    Args:
+        concept: (N,) integers.
+
+    Raises:
+        ValueError: shares that leave fewer than two concepts for training or for testing; TypeError: not integers.
+    """
+    who = "draw_split"
+    concept = _check.tensor(who, "concept", concept)
+    if concept.ndim != 1 or concept.is_floating_point() or not len(concept):
+        raise TypeError(
+            f"{who}: concept has shape {tuple(concept.shape)} and dtype {concept.dtype}; pass (N,) integers."
+        )
+    known, position = concept.unique(return_inverse=True)
+    _, validated, tested = split_rows(len(known), test, validation, seed)
+    of_concept = torch.full((len(known),), TRAIN, dtype=torch.uint8)
+    of_concept[validated], of_concept[tested] = VALIDATION, TEST
+    return of_concept[position]
