@@ -1,5 +1,6 @@
 """What torchmetrics lacks: hard mixed samples, calibration, robustness, and statistics over seeds."""
 
+from hardmix.metrics.alignment import alignment_metrics, embedding_shift, modality_gap, relative_alignment, uniformity
 from hardmix.metrics.calibration import adaptive_calibration_error, calibration_metrics, fit_temperature
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
 from hardmix.metrics.corruptions import corrupt
@@ -19,10 +20,12 @@ __all__ = [
     "PairedTest",
     "ShotBins",
     "adaptive_calibration_error",
+    "alignment_metrics",
     "calibration_metrics",
     "classification_metrics",
     "corrupt",
     "corruption_accuracy",
+    "embedding_shift",
     "error_by_label",
     "fgsm_accuracy",
     "fit_temperature",
@@ -32,15 +35,18 @@ __all__ = [
     "mixed_accuracy",
     "mixed_accuracy_curve",
     "mixed_metrics",
+    "modality_gap",
     "occlusion_accuracy",
     "ordinality",
     "paired_test",
     "principal_components",
     "regression_metrics",
+    "relative_alignment",
     "reliability",
     "retrieval_metrics",
     "retrieval_ranks",
     "shot_bins",
     "shot_errors",
     "shot_metrics",
+    "uniformity",
 ]
