@@ -14,17 +14,28 @@ import pytest
 from hardmix.train.errors import Interrupted
 from train.conftest import tiny
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence" / "decoupled"
-MODULES = ("groups", "page", "plots", "run")
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
+STUDIES = ("decoupled", "supremix")
+MODULES = ("common", "groups", "page", "plots", "run")
 
 
 @pytest.fixture
-def scripts(monkeypatch):
+def study(request) -> str:
+    return getattr(request, "param", "decoupled")
+
+
+@pytest.fixture
+def scripts(monkeypatch, study: str):
     """The scripts import each other by their bare names, as they do when one of them is run."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(FOLDER / study))
     yield
     for name in MODULES:
         sys.modules.pop(name, None)
+
+
+def of(*studies: str):
+    """The scripts of these studies, one after the other."""
+    return pytest.mark.parametrize("study", studies, indirect=True)
 
 
 @pytest.fixture
@@ -43,8 +54,8 @@ def command(run, monkeypatch, tmp_path, *arguments: str) -> int:
     return run.main()
 
 
-def rows(tmp_path: Path) -> list[tuple[str, str]]:
-    with open(tmp_path / "results" / "tiny.csv", newline="", encoding="utf-8") as file:
+def rows(tmp_path: Path, name: str = "tiny") -> list[tuple[str, str]]:
+    with open(tmp_path / "results" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return [(row["method"], row["seed"]) for row in csv.DictReader(file)]
 
 
@@ -90,16 +101,84 @@ def test_methods_differ_in_policy_and_objective_alone(scripts, budget: str) -> N
         assert len({r.name for r in recipes}) == len(recipes)
 
 
+@of(*STUDIES)
 def test_the_page_is_what_the_results_give(scripts) -> None:
     import page
+    from common import PART
 
     assert page.main(["--check"]) == 0
-    assert {part[2] for part in page.PART.finditer(page.PAGE.read_text("utf-8"))} == set(page.PARTS)
+    assert {part[2] for part in PART.finditer(page.PAGE.read_text("utf-8"))} == set(page.PARTS)
 
 
+@of(*STUDIES)
 def test_plots_are_drawn(scripts, tmp_path) -> None:
     import plots
-    from page import DOCS
+    from page import DOCS, PAGE
 
     plots.draw(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted(p.name for p in DOCS.glob("*.svg"))
+    assert sorted(os.listdir(tmp_path)) == sorted(p.name for p in DOCS.glob(f"{PAGE.stem}-*.svg"))
+
+
+@pytest.fixture
+def numbers(scripts, monkeypatch, tmp_path):
+    """run.py of the study of numbers, with two settings a method on one seed."""
+    import groups
+    import run
+
+    for key, values in {"LEARNING_RATES": (1e-3, 1e-2), "WEIGHT_DECAYS": (0.01,), "RNC_TEMPERATURES": (2.0,)}.items():
+        monkeypatch.setattr(groups, key, values)
+    monkeypatch.setattr(run, "TUNING_SEEDS", (1001,))
+    monkeypatch.setattr(run, "TRIALS", 2)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    return run
+
+
+@of("supremix")
+def test_settings_are_tried_chosen_and_tested(numbers, monkeypatch, tmp_path, capsys) -> None:
+    small = ("--only", "diabetes", "--methods", "rank-n-contrast", "--seeds", "1", "--epochs", "2")
+    assert command(numbers, monkeypatch, tmp_path, *small) == 0
+    assert "7 of 7 runs" in capsys.readouterr().err
+    assert rows(tmp_path, "diabetes") == [("l1", "0"), ("rank-n-contrast", "0")]
+    assert rows(tmp_path, "diabetes-frozen") == [("rank-n-contrast", "0")]
+    about = json.loads((tmp_path / "results" / "diabetes.json").read_text())
+    tried = about["tried"]["rank-n-contrast"]
+    best = min(tried, key=tried.__getitem__)
+    assert about["methods"]["rank-n-contrast"]["contrast"]["probe"] == best.rsplit("-", 1)[1]
+    assert f"lr{about['recipe']['train']['lr']:g}" in min(about["tried"]["l1"], key=about["tried"]["l1"].get)
+    frozen = json.loads((tmp_path / "results" / "diabetes-frozen.json").read_text())
+    assert frozen["methods"]["rank-n-contrast"]["contrast"]["probe"] == "linear"
+
+
+@of("supremix")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--only", "diabets"), "--only names diabets; there are"),
+        (("--methods", "l2"), "--methods names l2; there are"),
+        (("--only", "sts-b-dir"), "say where they are with --vectors"),
+    ],
+)
+def test_what_can_not_be_run_is_refused(numbers, monkeypatch, tmp_path, capsys, arguments, says: str) -> None:
+    with pytest.raises(SystemExit):
+        command(numbers, monkeypatch, tmp_path, *arguments)
+    assert says in capsys.readouterr().err
+
+
+@of("supremix")
+def test_methods_try_as_many_settings_and_share_all_else(scripts) -> None:
+    from groups import ABLATIONS, PLANS, TRIALS, TUNED, Trials, ablations
+
+    apart = {"name", "policy", "contrast"}
+    for name, plan in PLANS.items():
+        trials = Trials(plan, "vectors" if name == "sts-b-dir" else "")
+        base = trials.base()
+        assert len(base) == TRIALS
+        best = base[0]
+        for method in TUNED:
+            tried = trials.others({"lr": best.train.lr, "weight_decay": best.train.weight_decay}, method)
+            assert len({recipe.name for recipe in tried}) == TRIALS, (name, method)
+            assert all(r.model_dump(exclude=apart) == best.model_dump(exclude=apart) for r in tried), (name, method)
+            if method == "supremix":
+                changed = [r.contrast.objective.options for r in ablations(tried[0])]
+                own = tried[0].contrast.objective.options
+                assert changed == [{**own, **options} for options in ABLATIONS.values()]

@@ -9,24 +9,23 @@ Differences are paired by seed; each column of a table of differences is one fam
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from groups import MORE_ETAS, PAIR, PAPER_ALPHA, PAPER_ETAS, REST, USUAL_ALPHA
 
-from hardmix.metrics.statistics import PairedTest, holm, mean_interval, paired_test
+from hardmix.metrics.statistics import PairedTest, mean_interval, paired_test
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Measure, columns_of_tests, read_rows, table, with_half_width, write_page
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
 PAGE = DOCS / "decoupled-mixup.md"
-PART = re.compile(r"(<!-- evidence: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 POLICIES = (*PAIR, *REST)
 TITLES = {
     "mixup": "Mixup",
@@ -37,7 +36,7 @@ TITLES = {
 }
 DATA = {"fashion-mini": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 #: metric -> (heading, factor, digits)
-METRICS = {
+METRICS: dict[str, Measure] = {
     "top1": ("top-1 %", 100, 2),
     "nll": ("NLL", 1, 3),
     "ece": ("ECE %", 100, 2),
@@ -64,13 +63,7 @@ class Group(NamedTuple):
 def read_groups() -> dict[str, Group]:
     groups = {}
     for path in sorted(RESULTS.glob("*.csv"), key=lambda p: (p.stem.startswith("cifar"), len(p.stem), p.stem)):
-        runs: dict[str, dict[str, list[float]]] = {}
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                method, _ = row.pop("method"), row.pop("seed")
-                for key, value in row.items():
-                    runs.setdefault(method, {}).setdefault(key, []).append(float(value))
-        groups[path.stem] = Group(json.loads(path.with_suffix(".json").read_text("utf-8")), runs)
+        groups[path.stem] = Group(json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
     return groups
 
 
@@ -92,28 +85,6 @@ def families(base_alpha: float) -> list[tuple[Group, str, str]]:
     return found
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (list(head), *map(list, rows))]
-    return "\n".join([lines[0], re.sub(r"[^|]+", "---", lines[0]), *lines[1:]]) + "\n"
-
-
-def difference(test: PairedTest, metric: str, p: float | None) -> str:
-    """The mean difference with its interval; bold where chance is unlikely even among so many tests."""
-    _, factor, digits = METRICS[metric]
-    low, high = (factor * v for v in (test.low or 0.0, test.high or 0.0))
-    text = f"{factor * test.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if p is not None and p < 0.05 else text
-
-
-def columns_of_tests(rows: list[list[tuple[PairedTest, str] | None]]) -> list[list[str]]:
-    """Cells of a table of tests, each column corrected by itself."""
-    columns = []
-    for column in zip(*rows, strict=True):
-        corrected = iter(holm([cell[0].p for cell in column if cell is not None]))
-        columns.append(["-" if cell is None else difference(cell[0], cell[1], next(corrected)) for cell in column])
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
 def loss_effect(metric: Callable[[str], str]) -> str:
     """DM minus cross entropy, the policy and its alpha alike, for the paper's two weights."""
     cases = families(PAPER_ALPHA)
@@ -122,7 +93,7 @@ def loss_effect(metric: Callable[[str], str]) -> str:
         key = metric(policy)
         names = [name_of(policy, f"dm{eta:g}", PAPER_ALPHA) for eta in PAPER_ETAS]
         rows.append([(group.test(name, base, key), key) for name in names])
-    cells = columns_of_tests(rows)
+    cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", *(f"eta {eta:g}" for eta in PAPER_ETAS))
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
 
@@ -140,7 +111,7 @@ def alpha_effect() -> str:
         names = [name_of(policy, f"dm{eta:g}", PAPER_ALPHA) for eta in PAPER_ETAS]
         names.append(name_of(policy, "ce", PAPER_ALPHA))
         rows.append([(group.test(name, base, "top1"), "top1") for name in names])
-    cells = columns_of_tests(rows)
+    cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", *(f"DM {eta:g} at 0.2 - CE at 1" for eta in PAPER_ETAS), "CE at 0.2 - CE at 1")
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
 
@@ -153,7 +124,7 @@ def mixing_effect() -> str:
         usual = name_of(policy, "ce", USUAL_ALPHA)
         pair = (None if policy == "resizemix" else usual, base)
         rows.append([None if name is None else (group.test(name, "none", "top1"), "top1") for name in pair])
-    cells = columns_of_tests(rows)
+    cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", "CE, alpha 1", "CE, alpha 0.2 (ResizeMix: its own)")
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
 
@@ -190,7 +161,7 @@ def binary() -> str:
             if scaled in group.runs:
                 names.append((group.title, TITLES[policy]))
                 rows.append([(group.test(scaled, base, key), key) for key in METRICS])
-    cells = columns_of_tests(rows)
+    cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", *(heading for heading, _, _ in METRICS.values()))
     return table(head, [(*name, *row) for name, row in zip(names, cells, strict=True)])
 
@@ -210,10 +181,7 @@ def cost() -> str:
 
 
 def mean(group: Group, method: str, metric: str) -> str:
-    _, factor, digits = METRICS[metric]
-    interval = mean_interval([factor * v for v in group.runs[method][metric]])
-    half = "" if interval.low is None or interval.high is None else f" ±{(interval.high - interval.low) / 2:.{digits}f}"
-    return f"{interval.mean:.{digits}f}{half}"
+    return with_half_width(group.runs[method][metric], METRICS[metric])
 
 
 def all_numbers() -> str:
@@ -248,23 +216,14 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-def regenerate(text: str) -> str:
-    return PART.sub(lambda m: f"{m[1]}\n{PARTS[m[2]]()}\n{m[4]}", text)
+def draw() -> None:
+    import plots
+
+    plots.draw(DOCS)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not current")
-    options = parser.parse_args(arguments)
-    before = PAGE.read_text("utf-8")
-    after = regenerate(before)
-    if options.check:
-        return int(before != after)
-    from plots import draw
-
-    PAGE.write_text(after, encoding="utf-8")
-    draw(DOCS)
-    return 0
+    return write_page(PAGE, PARTS, draw, __doc__, arguments)
 
 
 if __name__ == "__main__":

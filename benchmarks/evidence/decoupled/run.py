@@ -13,60 +13,31 @@ that all of its methods have finished.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from groups import groups
 
 from hardmix.train.compare import compare, default_workers, plan_jobs
 from hardmix.train.errors import Interrupted
-from hardmix.train.loop import read_summary
 from hardmix.train.recipe import Recipe
 from hardmix.train.tasks import TASKS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import finished_runs, progress_line, write_rows
 
 HERE = Path(__file__).parent
 
 
-def progress_line(total: int) -> Callable[[str], Callable[[int, dict[str, Any]], None]]:
-    """One line that says how far all the comparisons are, and for how long they will go on at this pace."""
-    started, done = time.monotonic(), 0
-
-    def named(name: str) -> Callable[[int, dict[str, Any]], None]:
-        def watch(number: int, event: dict[str, Any]) -> None:
-            nonlocal done
-            if event.get("done"):
-                done += 1
-                left = (time.monotonic() - started) / done * (total - done) / 60
-                print(
-                    f"\r{done} of {total} runs, {left:.0f} min left  ({name})    ", end="", file=sys.stderr, flush=True
-                )
-
-        return watch
-
-    return named
-
-
 def write_results(name: str, recipes: list[Recipe], seeds: list[int], out: Path, command: str) -> None:
     """One row for each run of the seeds that every method has finished, and how they came about."""
-    jobs = {(job.recipe.name, job.recipe.seed): job.folder for job in plan_jobs(recipes, seeds, out)}
-    finished = [s for s in seeds if all((jobs[r.name, s] / "summary.json").is_file() for r in recipes)]
+    finished, runs = finished_runs(recipes, seeds, out)
     if not finished:
         return
-    runs = {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        metrics = TASKS["classification"].metrics
-        writer.writerow(["method", "seed", *metrics, "ms_per_step"])
-        for (method, seed), run in runs.items():
-            values = [f"{run['test'][metric]:.6f}" for metric in metrics]
-            writer.writerow([method, seed, *values, f"{1000 * run['seconds']['per_step']:.3f}"])
+    write_rows(folder / f"{name}.csv", runs, TASKS["classification"].metrics)
     first = runs[recipes[0].name, finished[0]]
     about = {"command": command, "seeds": finished, "versions": first["versions"], "device": first["device"]}
     about |= {"data": {key: first["data"][key] for key in ("name", "train", "test")}, "model": first["model"]}

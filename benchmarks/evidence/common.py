@@ -1,0 +1,121 @@
+"""What the studies of this folder share: progress, rows of results, tables of a page that is made from them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hardmix.metrics.statistics import PairedTest, holm, mean_interval
+from hardmix.train.compare import plan_jobs
+from hardmix.train.loop import read_summary
+from hardmix.train.recipe import Recipe
+
+#: a table of a page, between `<!-- evidence: NAME -->` and `<!-- end -->`
+PART = re.compile(r"(<!-- evidence: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+#: a run's summary, by the name of its recipe and its seed
+Runs = dict[tuple[str, int], dict[str, Any]]
+#: how a measure is shown: heading, factor, digits
+Measure = tuple[str, float, int]
+#: a difference and its measure, or nothing where it was not run
+Cell = tuple[PairedTest, str] | None
+
+
+def progress_line(total: int) -> Callable[[str], Callable[[int, dict[str, Any]], None]]:
+    """One line that says how far all the comparisons are, and for how long they will go on at this pace."""
+    started, done = time.monotonic(), 0
+
+    def named(name: str) -> Callable[[int, dict[str, Any]], None]:
+        def watch(number: int, event: dict[str, Any]) -> None:
+            nonlocal done
+            if event.get("done"):
+                done += 1
+                left = (time.monotonic() - started) / done * (total - done) / 60
+                print(
+                    f"\r{done} of {total} runs, {left:.0f} min left  ({name})    ", end="", file=sys.stderr, flush=True
+                )
+
+        return watch
+
+    return named
+
+
+def finished_runs(recipes: list[Recipe], seeds: list[int], out: Path) -> tuple[list[int], Runs]:
+    """The seeds that every recipe has finished, and the summaries of those runs."""
+    jobs = {(job.recipe.name, job.recipe.seed): job.folder for job in plan_jobs(recipes, seeds, out)}
+    finished = [s for s in seeds if all((jobs[r.name, s] / "summary.json").is_file() for r in recipes)]
+    return finished, {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
+
+
+def write_rows(path: Path, runs: Runs, metrics: Sequence[str]) -> None:
+    """One row a run: method, seed, what was measured on the test split, milliseconds a step."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *metrics, "ms_per_step"])
+        for (method, seed), run in runs.items():
+            values = [f"{run['test'][metric]:.6f}" for metric in metrics]
+            writer.writerow([method, seed, *values, f"{1000 * run['seconds']['per_step']:.3f}"])
+
+
+def read_rows(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Method -> measure -> values, in the order of the seeds."""
+    runs: dict[str, dict[str, list[float]]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            method, _ = row.pop("method"), row.pop("seed")
+            for key, value in row.items():
+                runs.setdefault(method, {}).setdefault(key, []).append(float(value))
+    return runs
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (list(head), *map(list, rows))]
+    return "\n".join([lines[0], re.sub(r"[^|]+", "---", lines[0]), *lines[1:]]) + "\n"
+
+
+def difference(test: PairedTest, measure: Measure, p: float | None) -> str:
+    """The mean difference with its interval; bold where chance is unlikely even among so many tests."""
+    _, factor, digits = measure
+    low, high = (factor * v for v in (test.low or 0.0, test.high or 0.0))
+    text = f"{factor * test.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"**{text}**" if p is not None and p < 0.05 else text
+
+
+def columns_of_tests(rows: list[list[Cell]], measures: Mapping[str, Measure]) -> list[list[str]]:
+    """Cells of a table of tests, each column corrected by itself."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        corrected = iter(holm([cell[0].p for cell in column if cell is not None]))
+        columns.append(
+            ["-" if cell is None else difference(cell[0], measures[cell[1]], next(corrected)) for cell in column]
+        )
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def with_half_width(values: Sequence[float], measure: Measure) -> str:
+    """The mean, and half the width of its interval."""
+    _, factor, digits = measure
+    interval = mean_interval([factor * v for v in values])
+    half = "" if interval.low is None or interval.high is None else f" ±{(interval.high - interval.low) / 2:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{half}"
+
+
+def write_page(
+    page: Path, parts: dict[str, Callable[[], str]], draw: Callable[[], None], about: str, arguments: list[str] | None
+) -> int:
+    """The command of a page: makes its tables and plots again, or says whether the tables are what the results give."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not current")
+    options = parser.parse_args(arguments)
+    before = page.read_text("utf-8")
+    after = PART.sub(lambda m: f"{m[1]}\n{parts[m[2]]()}\n{m[4]}", before)
+    if options.check:
+        return int(before != after)
+    page.write_text(after, encoding="utf-8")
+    draw()
+    return 0
