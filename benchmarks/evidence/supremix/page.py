@@ -109,14 +109,20 @@ def read_studies(frozen: bool = False) -> list[Study]:
 STUDIES, FROZEN_STUDIES = read_studies(), read_studies(frozen=True)
 
 
-def differences(metric: str, pairs: Sequence[tuple[str, str, str]], studies: Sequence[Study] = STUDIES) -> str:
-    """A row for each (title, method, what it is compared with), a column for each set, each one family of tests."""
-    rows: list[list[Cell]] = [[(study.test(a, b, metric), metric) for study in studies] for _, a, b in pairs]
-    cells = columns_of_tests(rows, CHANGES)
-    head = ("", *(DATA[study.name] for study in studies), "mean of the sets")
-    overall = [_overall([cell[0].difference for cell in row if cell], metric) for row in rows]
-    lines = zip(pairs, cells, overall, strict=True)
-    return table(head, [(title, *row, mean) for (title, _, _), row, mean in lines])
+def differences(metric: str, pairs: Sequence[tuple[str, str, str]], studies: Sequence[Study] | None = None) -> str:
+    """A row for each (title, method, what it is compared with), a column for each set, each one family of tests.
+
+    Where all sets are shown, the last column is their mean.
+    """
+    shown = STUDIES if studies is None else studies
+    rows: list[list[Cell]] = [[(study.test(a, b, metric), metric) for study in shown] for _, a, b in pairs]
+    lines = [[title, *cells] for (title, _, _), cells in zip(pairs, columns_of_tests(rows, CHANGES), strict=True)]
+    head = ["", *(DATA[study.name] for study in shown)]
+    if studies is None:
+        head.append("mean of the sets")
+        for line, row in zip(lines, rows, strict=True):
+            line.append(_overall([cell[0].difference for cell in row if cell], metric))
+    return table(head, lines)
 
 
 def _overall(values: list[float], metric: str) -> str:
