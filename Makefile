@@ -13,8 +13,8 @@ demo: $(VENV)/.ready ## the main job on real data that comes with the install; w
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
 
-test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm, torchvision and transformers
-	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations tests/models/test_language_model.py
+test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm and torchvision
+	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/.ready ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -28,14 +28,14 @@ smoke: $(VENV)/.ready ## every shipped recipe that needs no further data, shorte
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[train,text,volumes,dev]'
 	touch $@
 
 # Both constraints files on every line: without the pins timm and torchvision replace torch by another build.
 $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt torch
-	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision,text]'
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision]'
 	touch $@
 
 clean: ## remove the environment and caches, keep runs

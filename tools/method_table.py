@@ -25,10 +25,13 @@ from torch import nn
 from hardmix import losses, tables
 from hardmix.data.catalog import CATALOG, Entry
 from hardmix.data.number_sets import NUMBER_SETS
+from hardmix.data.series_views import SERIES_VIEWS, SeriesAugment
 from hardmix.data.views import MOVES, PAINTS
+from hardmix.data.volume_views import VOLUME_VIEWS, VolumeAugment
 from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled
 from hardmix.mixing.draw import PER
 from hardmix.models.build import MODELS, model_options
+from hardmix.models.encoders import ENCODERS, encoder_options
 from hardmix.train.recipe import Component, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -414,6 +417,12 @@ def views() -> str:
     return table(("name", "what it does"), [(f"`{name}`", summary(view)) for name, view in {**MOVES, **PAINTS}.items()])
 
 
+def views_by_class(cls: type, names: Iterable[str]) -> str:
+    """What the lines `name    what it does` of a docstring say of these names."""
+    said = dict(re.findall(r"^([\w-]+) {2,}(\S.*)$", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
+    return table(("name", "what it does"), [(f"`{name}`", said[name]) for name in names])
+
+
 # Recipes
 
 
@@ -422,6 +431,14 @@ def models() -> str:
     for name, build in MODELS.items():
         rows.append((f"`{name}`", summary(build), ", ".join(f"`{option}`" for option in model_options(name))))
     return table(("name", "what it is", "options"), rows)
+
+
+def encoders() -> str:
+    rows = []
+    for name, encoder in ENCODERS.items():
+        options = ", ".join(f"`{option}`" for option in encoder_options(name))
+        rows.append((f"`{name}`", encoder.kind, summary(encoder.make), options))
+    return table(("name", "takes", "what it is", "options"), rows)
 
 
 def recipe_keys() -> str:
@@ -478,7 +495,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "number sets": number_sets,
     "data commands": data_commands,
     "views": views,
+    "views of series": partial(views_by_class, SeriesAugment, SERIES_VIEWS),
+    "views of volumes": partial(views_by_class, VolumeAugment, VOLUME_VIEWS),
     "models": models,
+    "encoders": encoders,
     "recipe keys": recipe_keys,
     **{f"cost of {name}": partial(mixing_cost, name) for name in TIMED},
     **{f"cost of {name}": partial(loss_cost, name) for name in LOSS_CASES},
