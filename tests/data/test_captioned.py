@@ -177,7 +177,7 @@ WRONG = [  # name, text, arguments, message
     ("t.csv", H + "0.png,a\n", {"image_column": "caption"}, "has no column 'caption'; pass one of 'file'"),
     ("t.csv", H + "x.png,a\n", {}, r"names no picture in '.*'; write paths relative to the folder"),
     ("t.csv", "a,b,caption\n0.png,1.png,x\n", {}, "names pictures in 'a', 'b'; pass one of them as image_column"),
-    ("t.csv", "file,caption,split\n0.png,a,dev\n", {}, "has 'dev' in row 2 of its column 'split'"),
+    ("t.csv", "file,caption,split\n0.png,a,deb\n", {}, "has 'deb' in row 2 of its column 'split'"),
     ("t.csv", "file,caption,split\n0.png,a,train\n0.png,b,test\n", {}, "'0.png' in one split in row 2 and in another"),
     ("t.csv", H + "0.png,a\n", {}, "gives 1 pictures with captions; pass at least 2"),
     ("t.csv", H, {}, "names no picture in"),

@@ -418,9 +418,7 @@ def test_a_parquet_table_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_is_wrong_with_a_split_is_said(tmp_path: Path) -> None:
     root = own(tmp_path / "p")
-    with pytest.raises(
-        ValueError, match="has 12 rows for training and 0 for testing in its column 'split', but at lea"
-    ):
+    with pytest.raises(ValueError, match="has 12 samples for training and 0 for testing in its 'split', but at lea"):
         read_own(root)
     table(root, "\n".join(["file,price,split", *(f"{row},tests" for row in ROWS)]))
     with pytest.raises(
@@ -455,8 +453,8 @@ def test_bad_arguments_are_named(tmp_path: Path, arguments: dict[str, Any], mess
         ({"channels": 2}, "channels is 2; pass 3 for RGB or 1 for gray"),
         ({"fit": "stretch"}, "fit is 'stretch'; pass one of 'pad', 'crop'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'; pass one of 'raise', 'skip'"),
-        ({"folder": "gone"}, "folder is 'gone', which is not there; pass the folder of the pictures"),
-        ({"folder": __file__}, r"folder is '.*', which is a file; pass the folder of the pictures"),
+        ({"folder": "gone"}, "folder is 'gone', which is not there; pass the folder of the files"),
+        ({"folder": __file__}, r"folder is '.*', which is a file; pass the folder of the files"),
         ({"table": "u.csv"}, r"table is 'u.csv', which is neither there nor in '.*'; pass a CSV, TSV or Parquet file"),
         ({"table": "/"}, "table is '/', which is a folder; pass a CSV, TSV or Parquet file"),
     ],

@@ -212,3 +212,36 @@ def test_decimal_commas_are_told_from_words(tmp_path: Path) -> None:
     path.write_text("size;price\n" + "".join(f"0,{i};{i}\n" for i in range(12)))
     with pytest.raises(ValueError, match=r"a decimal comma in 'size', row 2 \('0,0'\); write them with a point"):
         load_table("table", path, target="price")
+
+
+def test_a_split_column_says_where_rows_belong_and_is_no_feature(tmp_path: Path) -> None:
+    words = ["train", "Train", "val", "test", "dev", "test"] * 3
+    lines = [f"{i},{word},{i * 2}" for i, word in enumerate(words)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["x,split,y", *lines]) + "\n")
+    table = load_table("table", path, target="y")
+    assert table.feature_names == ("x",)
+    assert table.split is not None
+    assert table.split.tolist() == [0, 0, 1, 2, 1, 2] * 3
+    lines[4] = "NA,train,8"
+    path.write_text("\n".join(["x,split,y", *lines]) + "\n")
+    dropped = load_table("table", path, target="y", missing="drop").split
+    assert dropped is not None
+    assert dropped.tolist() == ([0, 0, 1, 2, 1, 2] * 3)[:4] + ([0, 0, 1, 2, 1, 2] * 3)[5:]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "trian",
+            r"has 'trian' in row 2 of its column 'split' \(did you mean \"train\"\?\); write train, val",
+        ),
+        ("train", "has 20 samples for training and 0 for testing in its 'split', but at least 2"),
+    ],
+)
+def test_a_split_column_of_something_else_is_said(cell: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["x,split,y", *(f"{i},{cell},{i}" for i in range(20))]) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_table("table", path, target="y")

@@ -309,9 +309,12 @@ LINES: list[tuple[list[Any], str]] = [
     (samples(9), "has 9 samples; pass a file with at least 10"),
     ([], "has 0 samples; pass a file with at least 10"),
     ([{"text": "a", "score": 3}] * 12, r"has the same number \(3\) as the target 'score' everywhere; pass another tar"),
-    ([*samples(split="train"), *samples()], "has the split '' in line 13; write one of train, validation"),
-    ([*samples(split="train"), *samples(split="tests")], r"'tests' in line 13; .* \(did you mean \"test\"\?\), or no"),
-    (samples(split="train"), "has no line with the split 'test'; add some, or leave all splits out"),
+    ([*samples(split="train"), *samples()], "has '' in line 13 of its key 'split'; write train, validation"),
+    (
+        [*samples(split="train"), *samples(split="tests")],
+        r"'tests' in line 13 .* \(did you mean \"test\"\?\); write train",
+    ),
+    (samples(split="train"), "has 12 samples for training and 0 for testing in its 'split'"),
 ]
 
 

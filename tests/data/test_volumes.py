@@ -647,7 +647,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
             [row + ",train" for row in rows],
             "file,age,split",
             {},
-            "has 12 rows for training and 0 for testing in its col",
+            "has 12 samples for training and 0 for testing in its 'spl",
         ),
         (rows, "file,age", {"size": -1}, "size is -1; pass an integer of at least 0"),
     ]
@@ -658,7 +658,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     absent = r"names 2 files that are not in '.*': 'v/x.npy' \(row 4\), 'v/y.npz' \(row 5\); add them, or delete their"
     with pytest.raises(FileNotFoundError, match=absent):
         own(tmp_path, rows)
-    with pytest.raises(FileNotFoundError, match=r"folder is '.*none', which is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"folder is '.*none', which is not there"):
         read_volume_table(tmp_path / "none", tmp_path / "t.csv", target="age")
     with pytest.raises(FileNotFoundError, match=r"table is '.*none', which is no file"):
         read_volume_table(tmp_path, tmp_path / "none", target="age")

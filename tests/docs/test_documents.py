@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from hardmix.cli import main
 
@@ -67,3 +71,54 @@ def test_no_command_of_the_readme_names_a_recipe_that_is_not_shipped(page):
             if word.startswith("-"):
                 break
             assert word in shipped() or word.endswith(".toml"), line
+
+
+def own_files() -> list[str]:
+    """The commands that learn a number from files of the reader's, as they would be typed."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "regression.md")
+    lines = [line for page in pages for text in blocks(page, "console") for line in text.splitlines()]
+    return list(dict.fromkeys(line[2:] for line in lines if re.match(r"\$ hardmix (run|compare) .*data\.path=", line)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with small files under the names that the pages use."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("files")
+    draws = np.random.default_rng(0)
+    count = 40
+    ages = draws.integers(20, 80, count)
+    houses = [f"{area},{'north' if area % 2 else 'south'},{3 * area}" for area in draws.integers(30, 200, 300)]
+    (folder / "houses.csv").write_text("\n".join(["area,district,price", *houses]) + "\n")
+    for name, suffix in (("photos", "png"), ("archive", "png"), ("scans", "npy")):
+        (folder / name).mkdir()
+        for i, age in enumerate(ages):
+            path = folder / name / f"{i}.{suffix}"
+            if suffix == "npy":
+                np.save(path, np.full((6, 7, 8), age, np.float32))
+            else:
+                Image.fromarray(np.full((12, 16), age, np.uint8)).save(path)
+        rows = [f"{i}.{suffix},{age}" for i, age in enumerate(ages)]
+        (folder / name / "ages.csv").write_text("\n".join(["file,age", *rows]) + "\n")
+    np.savez(folder / "pulses.npz", x=draws.normal(size=(count, 2, 24)), y=ages)
+    for name, keys in {"reviews.jsonl": ("text", "stars"), "pairs.jsonl": ("first", "second", "alike")}.items():
+        samples = [{**dict.fromkeys(keys, f"seen {age} times"), keys[-1]: int(age)} for age in ages]
+        (folder / name).write_text("\n".join(map(json.dumps, samples)) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("command", own_files())
+def test_commands_for_ones_own_files_read_them_and_can_learn(command, files, monkeypatch):
+    from hardmix.train.recipe import load_recipe, shipped
+    from hardmix.train.tasks.regression import Regression
+
+    monkeypatch.chdir(files)
+    _, _, *words = shlex.split(command, comments=True)
+    sets = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+    for name in (word for word in words if word in shipped()):
+        task = Regression(load_recipe(name, sets))
+        assert all(len(rows) > 1 for rows in task.data.rows.values())
+        batch = torch.arange(task.recipe.train.batch_size) % len(task.data.rows["train"])
+        loss = task.loss(task.model, task.load(batch), torch.Generator().manual_seed(0))[0]
+        assert loss.isfinite()

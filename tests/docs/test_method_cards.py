@@ -194,18 +194,23 @@ def test_recipes_of_the_pages_load(page: str) -> None:
 
 def test_the_pages_name_what_there_is() -> None:
     from hardmix.data.catalog import CATALOG
-    from hardmix.data.views import MOVES, PAINTS
+    from hardmix.data.kind_views import VIEWS
+    from hardmix.data.number_sets import NUMBER_SETS
+    from hardmix.models.encoders import ENCODERS
     from hardmix.train.recipe import Recipe
+    from hardmix.train.sections import ContrastSection
 
     data, recipes = ((ROOT / "docs" / name).read_text("utf-8") for name in ("data.md", "recipes.md"))
-    for name in [*CATALOG, *MOVES, *PAINTS]:
+    for name in [*CATALOG, *NUMBER_SETS, *(view for views in VIEWS.values() for view in views)]:
         assert f"`{name}`" in data, name
     for place in [place for entry in CATALOG.values() for place in entry.places]:
         assert place in data, place
-    for name in MODELS:
+    for name in [*MODELS, *ENCODERS]:
         assert f"`{name}`" in recipes, name
-    for section in ("data", "train", "eval"):
-        fields: Any = Recipe.model_fields[section].annotation
+    parts: dict[str, Any] = {
+        name: Recipe.model_fields[name].annotation for name in ("data", "density", "train", "eval")
+    }
+    for section, fields in {**parts, "contrast": ContrastSection}.items():
         for key in fields.model_fields:
             assert f"`{section}.{key}`" in recipes, key
 

@@ -244,3 +244,64 @@ def test_the_frozen_encoder_keeps_its_batch_statistics(tmp_path) -> None:
     assert any("running_mean" in name for name in encoder)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in encoder)
     assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
+
+
+def test_a_table_is_split_as_its_column_says(tmp_path) -> None:
+    from hardmix.train.tasks.regression import Regression
+
+    words = ["train"] * 4 + ["test"]
+    lines = [f"{level},{words[i % 5]},{level}" for i, level in enumerate(LEVELS)]
+    (tmp_path / "parts.csv").write_text("\n".join(["size,split,price", *lines]) + "\n")
+    data = {"name": "table", "path": str(tmp_path / "parts.csv"), "target": "price"}
+    rows = Regression(recipe("table", tmp_path, data=data)).data.rows
+    assert rows["test"].tolist() == list(range(4, COUNT, 5))
+    assert len(rows["validation"]) == 5  # a tenth of the training rows, since the column has none
+
+
+def test_the_second_stage_has_the_rate_of_what_it_trains(tmp_path) -> None:
+    contrast = {"epochs": 2, "objective": {"name": "supcon"}}
+    rates = {}
+    for probe in ("linear", "finetune"):
+        made = recipe("table", tmp_path, contrast={**contrast, "probe": probe})
+        assert made.contrast is not None
+        rates[probe] = made.contrast.head_lr
+    assert rates == {"linear": 0.01, "finetune": TRAIN["lr"]}
+
+
+def test_fewer_numbers_to_predict_leave_those_of_the_pre_training_alone(tmp_path) -> None:
+    data = {"name": "table", **section("table", tmp_path), "train_samples": 20, "imbalance": 5.0}
+    contrast = {"epochs": 2, "objective": {"name": "supcon"}, "data": {"missing": "drop"}}
+    made = recipe("table", tmp_path, data=data, contrast=contrast)
+    assert made.contrast is not None
+    assert made.contrast.data is not None
+    assert (made.contrast.data.train_samples, made.contrast.data.imbalance) == (0, 1.0)
+    assert (made.contrast.data.path, made.contrast.data.target) == (made.data.path, "price")
+
+
+@pytest.mark.parametrize("place", ["in the folder", "by its path"])
+@pytest.mark.parametrize("kind", ["pictures", "volumes"])
+def test_the_table_of_a_folder_is_named_in_it_or_by_its_path(kind, place, tmp_path, monkeypatch) -> None:
+    from hardmix.data.number_sets import Options, load_numbers
+
+    (tmp_path / "scans").mkdir()
+    section(kind, tmp_path / "scans")
+    monkeypatch.chdir(tmp_path)
+    labels = "ages.csv" if place == "in the folder" else "scans/ages.csv"
+    numbers = load_numbers(kind, "scans", Options(target="age", labels=labels))
+    assert numbers.labels.tolist() == LEVELS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "message"),
+    [
+        ("pictures", None, r"path is None, but pictures are files of yours; name them \(--set data.path=FOLDER"),
+        ("series", None, r"path is None, but series are files of yours; name them \(--set data.path=FILE\)"),
+        ("table", "t.csv", "target is empty; name the column to predict with `--set data.target=COLUMN`"),
+        ("volumes", ".", "target is empty; name the column to predict"),
+    ],
+)
+def test_what_is_left_out_of_ones_own_files_is_named(kind, path, message) -> None:
+    from hardmix.data.number_sets import load_numbers
+
+    with pytest.raises(ValueError, match=message):
+        load_numbers(kind, path)

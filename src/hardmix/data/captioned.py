@@ -19,9 +19,10 @@ from hardmix import _check
 from hardmix.data.decode import _opened, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, _try_all
 from hardmix.data.folder import SUFFIXES as PICTURE_SUFFIXES
+from hardmix.data.own_splits import SPLIT_COLUMN
 from hardmix.data.pairs import Pairs
-from hardmix.data.picture_folder import SPLIT_COLUMN, _places, _split, drawn, inside, read_all, squared
-from hardmix.data.tables import _check_names, _listed, _Sheet, _text
+from hardmix.data.picture_folder import drawn, folder_and_table, inside, read_all, squared
+from hardmix.data.tables import _check_names, _listed, _Sheet, _text, split_column
 from hardmix.data.texts import JSON_LINES, _utf8
 
 #: what a column or key of captions is called where nobody says it
@@ -75,14 +76,14 @@ def read_captions(
     """
     who = "read_captions"
     _check_options(who, size, fit, on_error)
-    folder, file = _places(who, Path(folder).expanduser(), Path(table).expanduser())
+    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
     where = f"{who}: {shown(file)}"
     lines = file.suffix.lower() in JSON_LINES
     place = "line" if lines else "row"
     sheet, texts = _json_lines(where, file, caption_column) if lines else _cells(where, file, caption_column)
     column = image_column or _image_column(where, folder, sheet)
     names = _named(where, sheet, column)
-    parts = _split(where, sheet)
+    parts = split_column(where, sheet)
     first: dict[Path, int] = {}
     captions: dict[Path, dict[str, None]] = {}
     for row, (name, own) in enumerate(zip(names, texts, strict=True)):

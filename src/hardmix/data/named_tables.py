@@ -237,6 +237,7 @@ def table_numbers(
         table.name,
         table.license,
         table.source,
+        split=table.split,
         feature_names=table.feature_names,
     )
 

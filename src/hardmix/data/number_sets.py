@@ -123,7 +123,7 @@ def _own_volumes(path: Path | None, o: Options) -> Numbers:
     file = _there(path)
     if file.suffix == ".npz":
         return read_volume_npz(file, target=o.target or "y", size=o.size)
-    return read_volume_table(file, file / _table_of(o), target=o.target, file_column=o.inputs, size=o.size)
+    return read_volume_table(file, _table_of(o), target=o.target, file_column=o.inputs, size=o.size)
 
 
 def _own_texts(path: Path | None, o: Options) -> Numbers:
@@ -372,11 +372,21 @@ def load_numbers(name: str, path: str | os.PathLike[str] | None = None, options:
         _check.choice(who, "target", options.target, entry.targets)
     for domain in options.domain.split("+") if options.domain else ():
         _check.choice(who, "domain", domain, entry.domains)
+    if not entry.targets:
+        _check_own(who, entry, path, options)
     found = find_numbers(name, path)
     if found.path is None:
         looked = f" is not in {', '.join(map(shown, found.looked))}" if found.looked else " has no usual place"
         raise FileNotFoundError(f"{who}: {name}{looked}; get it ({entry.get}), or pass the path that holds it.")
     return entry.read(found.path, options)
+
+
+def _check_own(who: str, entry: NumberSet, path: str | os.PathLike[str] | None, options: Options) -> None:
+    """Of the user's own files: that they are named, and what to predict where nothing is the usual name for it."""
+    if path is None:
+        raise ValueError(f"{who}: path is None, but {entry.name} are files of yours; name them ({entry.get}).")
+    if "data.target=" in entry.get and not options.target and Path(path).suffix != ".npz":
+        raise ValueError(f"{who}: target is empty; name the column to predict with `--set data.target=COLUMN`.")
 
 
 def find_numbers(name: str, path: str | os.PathLike[str] | None = None) -> NumbersFound:

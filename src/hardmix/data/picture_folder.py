@@ -15,14 +15,11 @@ from torch import Tensor
 
 from hardmix import _check
 from hardmix.data.decode import UnreadableImageError, in_threads, read_header, read_picture, shown
-from hardmix.data.folder import LARGEST_DEFAULT, SUFFIXES, VALIDATION_NAMES, _try_all
+from hardmix.data.folder import LARGEST_DEFAULT, SUFFIXES, _try_all
 from hardmix.data.images import check_channels
-from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
-from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _Sheet, _text
-
-#: the column that says which split a row belongs to, and what it may say
-SPLIT_COLUMN = "split"
-SPLITS = {"train": TRAIN, "test": TEST} | dict.fromkeys(VALIDATION_NAMES, VALIDATION)
+from hardmix.data.numbers import Numbers
+from hardmix.data.own_splits import check_split
+from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _Sheet, _text, split_column
 
 #: seed of the subset that `samples` draws
 SAMPLES_SEED = 0
@@ -79,7 +76,7 @@ def read_picture_table(
     check_channels(who, channels)
     _check.choice(who, "fit", fit, ("pad", "crop"))
     _check.choice(who, "on_error", on_error, ("raise", "skip"))
-    folder, file = _places(who, Path(folder).expanduser(), Path(table).expanduser())
+    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
     where = f"{who}: {shown(file)}"
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)
@@ -87,9 +84,9 @@ def read_picture_table(
     if len(labels) < MIN_ROWS:
         raise ValueError(f"{where} has {len(labels)} rows; pass a table with at least {MIN_ROWS}.")
     names, paths = _files(where, folder, sheet, target, file_column)
-    split = _split(where, sheet)
+    split = split_column(where, sheet)
     rows = drawn(who, len(paths), samples)
-    _check_split(where, split, rows)
+    check_split(where, None if split is None else split[rows])
     missing = [row for row in rows if not os.path.isfile(paths[row])]
     if missing and on_error == "raise":
         first = f"row {sheet.numbers[missing[0]]} ({names[missing[0]]!r:.60})"
@@ -110,7 +107,7 @@ def read_picture_table(
 
     pixels, kept = read_all(who, paths, read, (channels, size, size), on_error)
     rows = [rows[row] for row in kept]
-    _check_split(where, split, rows)
+    check_split(where, None if split is None else split[rows])
     split = None if split is None else split[rows]
     ids = [names[row] for row in rows]
     return checked(who, Numbers(pixels, labels[rows], "images", target, "pictures", "yours", str(file), ids, split))
@@ -203,11 +200,11 @@ def checked(who: str, numbers: Numbers) -> Numbers:
     return numbers
 
 
-def _places(who: str, folder: Path, table: Path) -> tuple[Path, Path]:
+def folder_and_table(who: str, folder: Path, table: Path) -> tuple[Path, Path]:
     """The folder, and the table beside it or in it."""
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "not there"
-        raise FileNotFoundError(f"{who}: folder is {shown(folder)}, which is {kind}; pass the folder of the pictures.")
+        raise FileNotFoundError(f"{who}: folder is {shown(folder)}, which is {kind}; pass the folder of the files.")
     found = next((path for path in (table, folder / table) if path.is_file()), None)
     if found is None:
         kind = "a folder" if table.is_dir() else f"neither there nor in {shown(folder)}"
@@ -258,33 +255,6 @@ def _file_column(where: str, folder: Path, sheet: _Sheet, target: str) -> str:
         f"{where} has no column that names pictures in {shown(folder)}; write paths relative to the folder with their "
         "suffix, or pass file_column."
     )
-
-
-def _split(where: str, sheet: _Sheet) -> Tensor | None:
-    """(R,) uint8 from the split column, or None without one."""
-    if SPLIT_COLUMN not in sheet.names:
-        return None
-    words = [cell.lower() for cell in _column(sheet, SPLIT_COLUMN)]
-    wrong = next((row for row, word in enumerate(words) if word not in SPLITS), None)
-    if wrong is not None:
-        near = _check.did_you_mean(words[wrong], SPLITS)
-        raise ValueError(
-            f"{where} has {words[wrong]!r:.40} in row {sheet.numbers[wrong]} of its column {SPLIT_COLUMN!r}{near}; "
-            "write train, validation or test, or rename the column."
-        )
-    return torch.tensor([SPLITS[word] for word in words], dtype=torch.uint8)
-
-
-def _check_split(where: str, split: Tensor | None, rows: list[int]) -> None:
-    """At least two of these rows for training and two for testing, where the table has splits."""
-    if split is None:
-        return
-    training, testing = (int((split[rows] == part).sum()) for part in (TRAIN, TEST))
-    if min(training, testing) < 2:
-        raise ValueError(
-            f"{where} has {training} rows for training and {testing} for testing in its column {SPLIT_COLUMN!r}, "
-            "but at least 2 of either are needed; add some, pass more samples, or rename the column."
-        )
 
 
 def _column(sheet: _Sheet, name: str) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hardmix import _check
 from hardmix.data.decode import reason, shown
+from hardmix.data.own_splits import SPLIT_COLUMN, check_split, read_split
 
 TABLES = ("diabetes", "table")
 #: what to do about missing cells
@@ -41,6 +42,7 @@ class Table(NamedTuple):
         name: "diabetes" or "table".
         license: of the numbers.
         source: the path of the file, or the package that holds it.
+        split: (N,) uint8 as in `Numbers`, from a column "split" of the file; None without one.
     """
 
     features: Tensor
@@ -50,6 +52,7 @@ class Table(NamedTuple):
     name: str
     license: str
     source: str
+    split: Tensor | None = None
 
 
 class _Sheet(NamedTuple):
@@ -66,7 +69,8 @@ def load_table(
     """A table by name, or from a file with a header row.
 
     A column that holds a number in every row is a feature. Any other column is categorical and becomes one 0/1 column
-    for each of its values, sorted and called `name=value`. Cells are missing if they are empty, NA, NaN, ? or null.
+    for each of its values, sorted and called `name=value`. A column "split" is no feature: it says train, validation
+    (or val) or test in every row. Cells are missing if they are empty, NA, NaN, ? or null.
 
     Args:
         name: "diabetes", the 442 patients of scikit-learn in their raw units, or "table", the file at `path`.
@@ -115,14 +119,27 @@ def load_table(
             "pass another target."
         )
     rows = [sheet.numbers[row] for row in keep]
+    split = None if target == SPLIT_COLUMN else split_column(where, sheet)
+    split = None if split is None else split[keep]
+    check_split(where, split)
     names: list[str] = []
     columns: list[Tensor] = []
     for position, column in enumerate(sheet.names):
-        if column != target:
+        if column not in (target, SPLIT_COLUMN):
             more, values = _feature(where, column, [sheet.rows[row][position] for row in keep], rows)
             names += more
             columns += values
-    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file))
+    if not columns:
+        raise ValueError(f"{where} has no column besides the target and {SPLIT_COLUMN!r}; add a feature.")
+    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file), split)
+
+
+def split_column(where: str, sheet: _Sheet) -> Tensor | None:
+    """(R,) uint8 from the column "split" of a table, or None without one."""
+    if SPLIT_COLUMN not in sheet.names:
+        return None
+    position = sheet.names.index(SPLIT_COLUMN)
+    return read_split(where, [row[position] for row in sheet.rows], sheet.numbers)
 
 
 def split_rows(rows: int, test: float, validation: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:

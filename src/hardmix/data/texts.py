@@ -23,6 +23,7 @@ from hardmix import _check
 from hardmix.data import tables
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
+from hardmix.data.own_splits import SPLIT_COLUMN, check_split, read_split
 
 #: the files of STS-B-DIR: the pairs that each one has, and their split
 STS_FILES = {"train": (5_249, TRAIN), "dev": (1_000, VALIDATION), "test": (1_000, TEST)}
@@ -34,8 +35,6 @@ TATE_COLUMNS = ("id", "artist", "title", "medium", "year")
 #: a frame unpacks to 0.3 MB; a file that unpacks to more than this is not one
 TATE_LIMIT = 1 << 26
 
-#: what a file of your own calls the splits
-SPLITS = {"train": TRAIN, "validation": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "test": TEST}
 JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -216,7 +215,8 @@ def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = 
             "pass another target."
         )
     ids = [f"{place} {number}" for number in places]
-    split = None if parts is None else _split(where, place, places, parts)
+    split = None if parts is None else read_split(where, parts, places, lines=lines)
+    check_split(where, split)
     return Numbers(texts, labels, "texts", target, "texts", "yours", str(file), ids, split)
 
 
@@ -370,8 +370,8 @@ def _json_lines(where: str, path: Path, names: list[str]) -> _Samples:
         texts.append([_text(where, number, name, item[name]) for name in names[:-1]])
         labels.append(_label(where, number, names[-1], item[names[-1]]))
         numbers.append(number)
-        parts.append(str(item.get("split") or ""))
-    split = parts if "split" not in names and any(parts) else None
+        parts.append(str(item.get(SPLIT_COLUMN) or ""))
+    split = parts if SPLIT_COLUMN not in names and any(parts) else None
     return texts, torch.tensor(labels, dtype=torch.float64), numbers, split
 
 
@@ -411,20 +411,6 @@ def _sheet(where: str, path: Path, names: list[str]) -> _Samples:
     at = [sheet.names.index(name) for name in names[:-1]]
     texts = [[row[column] for column in at] for row in sheet.rows]
     split = None
-    if "split" in sheet.names and "split" not in names:
-        split = [row[sheet.names.index("split")] for row in sheet.rows]
+    if SPLIT_COLUMN in sheet.names and SPLIT_COLUMN not in names:
+        split = [row[sheet.names.index(SPLIT_COLUMN)] for row in sheet.rows]
     return texts, tables._labels(where, sheet, names[-1]), sheet.numbers, split
-
-
-def _split(where: str, place: str, places: Sequence[int], words: list[str]) -> Tensor:
-    """(N,) uint8."""
-    for number, word in zip(places, words, strict=True):
-        if word not in SPLITS:
-            raise ValueError(
-                f"{where} has the split {word!r:.40} in {place} {number}; write one of {', '.join(SPLITS)}"
-                f"{_check.did_you_mean(word, SPLITS)}, or no split at all."
-            )
-    for word in ("train", "test"):
-        if word not in words:
-            raise ValueError(f"{where} has no {place} with the split {word!r}; add some, or leave all splits out.")
-    return torch.tensor([SPLITS[word] for word in words], dtype=torch.uint8)

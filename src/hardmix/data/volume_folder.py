@@ -22,8 +22,9 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import in_threads, reason, shown
 from hardmix.data.numbers import Numbers
-from hardmix.data.picture_folder import SPLIT_COLUMN, _check_split, _split, checked
-from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text
+from hardmix.data.own_splits import SPLIT_COLUMN, check_split
+from hardmix.data.picture_folder import checked, folder_and_table
+from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text, split_column
 
 NIFTI = (".nii", ".nii.gz")
 SUFFIXES = (*NIFTI, ".npz", ".npy")
@@ -69,7 +70,7 @@ def read_volume_table(
 
     Args:
         folder: what the paths start from.
-        table: CSV, TSV or Parquet, see `load_table`.
+        table: CSV, TSV or Parquet, see `load_table`; the path, or where there is none, the name in `folder`.
         target: the column to predict.
         file_column: the column with the paths; "" takes one called file, filename, file_name, path or volume, or the
             only one that is left.
@@ -86,19 +87,15 @@ def read_volume_table(
     """
     who = "read_volume_table"
     _check.integer(who, "size", size, 0)
-    root, file = Path(folder).expanduser(), Path(table).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"{who}: folder is {shown(root)}, which is no folder; pass the one with the volumes.")
-    if not file.is_file():
-        raise FileNotFoundError(f"{who}: table is {shown(file)}, which is no file; pass a CSV, TSV or Parquet file.")
+    root, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
     where = f"{who}: {shown(file)}"
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)
     column = sheet.names.index(_file_column(where, sheet.names, target, file_column))
     if len(sheet.rows) < MIN_ROWS:
         raise ValueError(f"{where} has {len(sheet.rows)} rows; pass a table with at least {MIN_ROWS}.")
-    labels, split = _labels(where, sheet, target), _split(where, sheet)
-    _check_split(where, split, list(range(len(sheet.rows))))
+    labels, split = _labels(where, sheet, target), split_column(where, sheet)
+    check_split(where, split)
     names = [row[column] for row in sheet.rows]
     inputs = _read_all(who, _paths(where, root, names, sheet.numbers), size)
     return checked(who, Numbers(inputs, labels, "volumes", target, "volumes", "yours", str(file), names, split))

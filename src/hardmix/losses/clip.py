@@ -66,7 +66,20 @@ def _clip(who: str, pairs: Gathered, logit_scale: Tensor | float, reduction: str
     return pairs.reduce(cross_entropy(others, scale * (a[own] * b[own]).sum(1)), reduction)
 
 
-class ClipLoss(nn.Module):
+class _PairLoss(nn.Module):
+    """The settings that `ClipLoss` describes."""
+
+    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
+        super().__init__()
+        who = type(self).__name__
+        self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
+        self.gather = check_processes(who, gather, open_clip)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class ClipLoss(_PairLoss):
     """`clip_loss` in the place of open_clip's class: same call, same value. Nothing is learnt.
 
     `logit_bias` cancels in a softmax; it only gets its gradient of 0. `output_dict=True` gives {"contrastive_loss": .}.
@@ -93,15 +106,6 @@ class ClipLoss(nn.Module):
     >>> ClipLoss()(torch.randn(8, 16), torch.randn(8, 16), 100.0).shape
     torch.Size([])
     """
-
-    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
-        super().__init__()
-        who = type(self).__name__
-        self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
-        self.gather = check_processes(who, gather, open_clip)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
 
     def forward(
         self,
@@ -157,7 +161,7 @@ def _siglip(
     return pairs.reduce(softplus(-bias - scale * (a[own] * b[own]).sum(1)) + others.mean(0), reduction)
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_PairLoss):
     """`siglip_loss` in the place of open_clip's class: same call, same value. Nothing is learnt.
 
     Settings and what happens with several processes are as for `ClipLoss`.
@@ -166,15 +170,6 @@ class SigLipLoss(nn.Module):
     >>> SigLipLoss()(torch.randn(8, 16), torch.randn(8, 16), 10.0, -10.0).shape
     torch.Size([])
     """
-
-    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
-        super().__init__()
-        who = type(self).__name__
-        self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
-        self.gather = check_processes(who, gather, open_clip)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
 
     def forward(
         self,

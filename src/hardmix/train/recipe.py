@@ -79,8 +79,14 @@ class Recipe(Section):
             return {**table, "data": data}
         contrast = {"augment": data["augment"], "noise": ROW_NOISE if kind == "rows" else 0.0, **contrast}
         contrast.setdefault("views", 2 if contrast["augment"] or contrast["noise"] else 1)
+        if contrast.get("probe") == "finetune":
+            train = table.get("train", {})
+            fallback = TrainSection.model_fields["lr"].default
+            contrast.setdefault("head_lr", train.get("lr", fallback) if isinstance(train, Mapping) else fallback)
         if isinstance(contrast.get("data"), Mapping):
-            contrast["data"] = {**data, **contrast["data"]}
+            # Where the target has few or rare numbers, what is pre-trained on is meant to have many.
+            inherited = {key: value for key, value in data.items() if key not in ("train_samples", "imbalance")}
+            contrast["data"] = {**inherited, **contrast["data"]}
         return {**table, "data": data, "contrast": contrast}
 
     @field_validator("policy", "objective", mode="after")
@@ -150,9 +156,8 @@ class Recipe(Section):
                 "the encoder first, or a weight and 0 epochs to train it together with the head"
             )
         if contrast.epochs == 0:
-            for key, value in (("data", contrast.data), ("probe", contrast.probe == "finetune" or None)):
-                if value is not None:
-                    raise ValueError(f"contrast.{key} is for two stages, but contrast.epochs is 0; leave it out")
+            if contrast.data is not None:
+                raise ValueError("contrast.data is for two stages, but contrast.epochs is 0; leave it out")
             if contrast.views > 1 and self.policy is not None:
                 raise ValueError(
                     f"contrast.views is {contrast.views} and a policy mixes the samples; beside a head the contrast "

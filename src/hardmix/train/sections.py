@@ -178,7 +178,11 @@ class ContrastSection(Section):
     )
     projection: int = Field(32, ge=1, description="size of the embeddings")
     probe: Literal["linear", "finetune"] = Field("linear", description="train the head alone afterwards, or all")
-    head_lr: Float = Field(0.01, gt=0.0, description="learning rate of the second stage")
+    head_lr: Float = Field(
+        0.01,
+        gt=0.0,
+        description="learning rate of the second stage; where that trains all, by default train.lr",
+    )
     data: DataSection | None = Field(
         None, description="another set to pre-train on; what it does not say is as in the data section"
     )

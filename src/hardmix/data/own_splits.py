@@ -1,0 +1,53 @@
+"""Splits that a table or a file of texts says itself, in a column or key of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hardmix import _check
+from hardmix.data.numbers import TEST, TRAIN, VALIDATION
+
+#: the column that says which split a row belongs to, and what it may say
+SPLIT_COLUMN = "split"
+SPLITS = {"train": TRAIN, "test": TEST} | dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION)
+
+
+def read_split(where: str, words: Sequence[str], numbers: Sequence[int], *, lines: bool = False) -> Tensor:
+    """(N,) uint8 from a word for each sample, in any case.
+
+    Args:
+        where: the beginning of messages.
+        numbers: row of each sample in its file, or line with `lines`.
+
+    Raises:
+        ValueError: another word.
+    """
+    words = [word.strip().lower() for word in words]
+    wrong = next((row for row, word in enumerate(words) if word not in SPLITS), None)
+    if wrong is not None:
+        place, column = ("line", "key") if lines else ("row", "column")
+        near = _check.did_you_mean(words[wrong], SPLITS)
+        raise ValueError(
+            f"{where} has {words[wrong]!r:.40} in {place} {numbers[wrong]} of its {column} {SPLIT_COLUMN!r}{near}; "
+            f"write train, validation or test, or rename the {column}."
+        )
+    return torch.tensor([SPLITS[word] for word in words], dtype=torch.uint8)
+
+
+def check_split(where: str, split: Tensor | None) -> None:
+    """At least two samples for training and two for testing, where there are splits.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if split is None:
+        return
+    training, testing = (int((split == part).sum()) for part in (TRAIN, TEST))
+    if min(training, testing) < 2:
+        raise ValueError(
+            f"{where} has {training} samples for training and {testing} for testing in its {SPLIT_COLUMN!r}, "
+            "but at least 2 of either are needed; add some, take more samples, or rename it."
+        )
