@@ -660,7 +660,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
         own(tmp_path, rows)
     with pytest.raises(FileNotFoundError, match=r"folder is '.*none', which is not there"):
         read_volume_table(tmp_path / "none", tmp_path / "t.csv", target="age")
-    with pytest.raises(FileNotFoundError, match=r"table is '.*none', which is no file"):
+    with pytest.raises(FileNotFoundError, match=r"table is '.*none', which is neither there nor in"):
         read_volume_table(tmp_path, tmp_path / "none", target="age")
 
 
@@ -770,7 +770,7 @@ def test_what_is_wrong_with_an_npz_is_said(tmp_path: Path, arrays: dict[str, Any
     with pytest.raises(ValueError, match=message) as raised:
         read_volume_npz(path)
     assert str(raised.value).startswith(f"read_volume_npz: {str(path)!r} ")
-    with pytest.raises(FileNotFoundError, match=r"path is '.*none.npz', which is no file; pass an .npz file"):
+    with pytest.raises(FileNotFoundError, match=r"path is '.*none.npz', which is neither there nor in; pass an .npz file"):
         read_volume_npz(tmp_path / "none.npz")
 
 
