@@ -770,7 +770,7 @@ def test_what_is_wrong_with_an_npz_is_said(tmp_path: Path, arrays: dict[str, Any
     with pytest.raises(ValueError, match=message) as raised:
         read_volume_npz(path)
     assert str(raised.value).startswith(f"read_volume_npz: {str(path)!r} ")
-    with pytest.raises(FileNotFoundError, match=r"path is '.*none.npz', which is neither there nor in; pass an .npz file"):
+    with pytest.raises(FileNotFoundError, match=r"path is '.*none.npz', which is no file; pass an .npz file"):
         read_volume_npz(tmp_path / "none.npz")
 
 
