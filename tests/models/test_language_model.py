@@ -28,7 +28,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("model")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=150).save_pretrained(folder)
+    # From its own module: where that fails to import, the package's top level hands out another model's tokenizer.
+    from transformers.models.bert.tokenization_bert import BertTokenizer
+
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=150).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(VOCABULARY),
