@@ -12,6 +12,8 @@ from torch import nn
 from hardmix import _check
 from hardmix.models.checkpoint import load_weights
 from hardmix.models.cnn import SmallCNN
+from hardmix.models.imagenet import ImageNetResNet18
+from hardmix.models.mobilenet import MobileNetV2
 from hardmix.models.resnet import resnet18, small_resnet
 from hardmix.models.vit import TinyViT
 
@@ -21,7 +23,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "small-resnet": small_resnet,
     "resnet18": resnet18,
     "tiny-vit": TinyViT,
+    "mobilenet-v2": MobileNetV2,
+    "imagenet-resnet18": ImageNetResNet18,
 }
+#: The classifier's name where it isn't "head.linear": these two have the names of torchvision.
+CLASSIFIERS = {"mobilenet-v2": "classifier.1", "imagenet-resnet18": "fc"}
 SIZES = ("num_classes", "in_channels", "image_size")
 
 
@@ -45,7 +51,8 @@ def build_model(
         options: what the model takes beyond its sizes (see `model_options`); for timm whatever its model takes.
 
     The models of this package name their parts "stem", "stage1", ..., "head", so that hidden states can be mixed by
-    name, keep the width of their features in `num_features`, and have `forward_features` for the last map or tokens.
+    name ("mobilenet-v2" and "imagenet-resnet18" have torchvision's names instead, so that its weights fit), keep the
+    width of their features in `num_features`, and have `forward_features` for the last map or tokens.
 
     Raises:
         ValueError: an unknown name or option, with the nearest one offered; a size or option out of range.
@@ -66,7 +73,7 @@ def build_model(
             _check.choice(who, f"option of {name}", key, model_options(name))
         sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
         model = MODELS[name](**sizes, **options)
-        prefix = "head.linear"
+        prefix = CLASSIFIERS.get(name, "head.linear")
     if checkpoint is not None:
         heads = (prefix,) if isinstance(prefix, str) else tuple(prefix)
         load_weights(who, model, checkpoint, tuple(f"{head}." for head in heads))
