@@ -1,19 +1,21 @@
 """Time and memory of the image-text objectives against the batch size, beside the plain form of each in torch.
 
-    python benchmarks/image_text.py            # prints the tables; four minutes of an idle core
-    python benchmarks/image_text.py --save     # also writes benchmarks/results/image_text.json
-    python benchmarks/image_text.py --rows 128 1024 --largest 0
+    python benchmarks/image_text_loss.py            # prints the tables; seven minutes of an idle core
+    python benchmarks/image_text_loss.py --save     # also writes benchmarks/results/image_text.json
+    python benchmarks/image_text_loss.py --rows 128 1024 --large
 
 Each case runs in a process of its own: forward and backward of float32 features with 512 numbers a row, one thread, CPU
 time, the least of up to five; memory is the peak resident size beyond the features. "plain" normalises, forms the
 mixtures and calls F.cross_entropy, both directions with a product of their own, as the released code and open_clip do;
-it stops where a process would need more than --limit-gib. Values are compared where both run. `--largest` is one more
-batch size, for m2-Mix alone.
+"open_clip" is that package's own ClipLoss on normalised features, where it is installed. Where a process would need
+more than --limit-gib, what it would need is written in place of a time. Values are compared where several forms run.
+`--large` are further batch sizes, for CLIP and m2-Mix.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +81,33 @@ def m3_plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return base + 0.05 * image + 0.05 * text + 0.1 * both_ways(scale * v @ t.T, scale * t @ v.T)
 
 
+def clip_peer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    import _peers
+
+    _peers.import_torchvision()  # which open_clip imports
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()(F.normalize(a), F.normalize(b), scale)
+
+
 def given(module: Callable[..., Any], lam: float | Tensor = LAM) -> Case:
     return lambda a, b, scale: module(a, b, scale, lam=lam)
 
 
-#: loss -> {form: (case, N x N matrices of float32 that it holds)}
+#: loss -> {form: (case, N x N matrices of float32 that it holds at its peak, measured with N = 4096)}
 CASES: dict[str, dict[str, tuple[Case, float]]] = {
-    "CLIP": {"hardmix": (clip_loss, 0), "plain": (clip_plain, 8)},
-    "m2-Mix": {"hardmix": (given(M2MixLoss()), 0), "plain": (m2_plain, 16)},
+    "CLIP": {"hardmix": (clip_loss, 0), "plain": (clip_plain, 5)},
+    "m2-Mix": {"hardmix": (given(M2MixLoss()), 0), "plain": (m2_plain, 8)},
     "m2-Mix, 4 draws": {
         "hardmix": (given(M2MixLoss(), DRAWS), 0),
-        "plain": (lambda a, b, s: m2_plain(a, b, s, tuple(DRAWS.flatten().tolist())), 40),
+        "plain": (lambda a, b, s: m2_plain(a, b, s, tuple(DRAWS.flatten().tolist())), 17),
     },
-    "m3-Mix": {"hardmix": (given(M3MixLoss()), 0), "plain": (m3_plain, 40)},
+    "m3-Mix": {"hardmix": (given(M3MixLoss()), 0), "plain": (m3_plain, 18)},
 }
+if importlib.util.find_spec("open_clip"):
+    CASES["CLIP"]["open_clip"] = (clip_peer, 5)
+#: what is measured with --large
+LARGE = ("CLIP", "m2-Mix")
 
 
 def measure(loss: str, form: str, rows: int) -> dict[str, Any]:
@@ -125,16 +141,20 @@ def show(table: list[dict[str, Any]], loss: str) -> None:
     counts = list(dict.fromkeys(row["rows"] for row in chosen))
     print(f"{'':12}" + "".join(f"{f'N = {n}':>18}" for n in counts))
     for form in CASES[loss]:
-        cells = {row["rows"]: f"{row['ms']:.1f} / {row['peak_mb']:.0f}" for row in chosen if row["form"] == form}
-        print(f"{form:12}" + "".join(f"{cells.get(n, '-'):>18}" for n in counts), flush=True)
+        cells = {row["rows"]: cell(row) for row in chosen if row["form"] == form}
+        print(f"{form:12}" + "".join(f"{cells[n]:>18}" for n in counts), flush=True)
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{row['ms']:.1f} / {row['peak_mb']:.0f}" if "ms" in row else f"needs {row['needs_gib']:.0f} GiB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--largest", type=int, default=32768)
+    parser.add_argument("--large", type=int, nargs="*", default=[8192, 16384, 32768])
     parser.add_argument("--losses", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--limit-gib", type=float, default=4.0)
+    parser.add_argument("--limit-gib", type=float, default=10.0)
     parser.add_argument("--save", action="store_true", help=f"write results/{RESULT.name}")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -145,21 +165,24 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     table: list[dict[str, Any]] = []
     for loss in options.losses:
-        for rows in options.rows + ([options.largest] if options.largest and loss == "m2-Mix" else []):
+        for rows in options.rows + (options.large if loss in LARGE else []):
             values = {}
             for form, (_, matrices) in CASES[loss].items():
-                if 4.0 * matrices * rows**2 > options.limit_gib * 2**30:
+                about = {"loss": loss, "form": form, "rows": rows, "size": SIZE}
+                if (needs := 4.0 * matrices * rows**2 / 2**30) > options.limit_gib:
+                    table.append({**about, "needs_gib": needs})
                     continue
                 command = [sys.executable, __file__, "--worker", loss, form, str(rows)]
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 row = json.loads(done.stdout.splitlines()[-1])
                 values[form] = row["value"]
-                table.append({"loss": loss, "form": form, "rows": rows, "size": SIZE, **row})
-            if "plain" in values:
-                assert math.isclose(values["hardmix"], values["plain"], rel_tol=1e-5), (loss, rows, values)
+                table.append({**about, **row})
+            assert all(math.isclose(values["hardmix"], v, rel_tol=1e-5) for v in values.values()), (loss, rows, values)
         show(table, loss)
     if options.save:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        if "open_clip" in CASES["CLIP"]:
+            machine["open_clip"] = version("open_clip_torch")
         RESULT.write_text(json.dumps({**machine, "threads": 1, "table": table}, indent=1) + "\n", "utf-8")
 
 
