@@ -7,6 +7,7 @@ that have both (netcal, torch-uncertainty) bring pyro or torchvision along for t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         mean = (p * z).sum(1)
         return mean.mean().item(), ((p * z.square()).sum(1) - mean.square()).mean().item()
 
+    return best_temperature(slope)
+
+
+def best_temperature(slope: Callable[[float], tuple[float, float]], *, tolerance: float = 1e-14) -> float:
+    """The temperature T at which a loss that is convex in b = 1 / T is least; see `fit_temperature`.
+
+    Args:
+        slope: the first and second derivative of the loss at b.
+        tolerance: a step that changes b by no more than this share of it is the last.
+    Returns:
+        T, between 0.01 and 100: the end that the loss falls towards, or 1 where it is flat.
+    """
     low, high = 1.0 / HOTTEST, 1.0 / COLDEST
     if slope(low)[0] >= 0.0:
         return 1.0 if slope(high)[0] <= 0.0 else HOTTEST
@@ -90,7 +103,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         low, high = (low, inverse) if value > 0.0 else (inverse, high)
         step = inverse - value / curvature if curvature > 0.0 else math.nan
         following = step if low < step < high else math.sqrt(low * high)
-        if abs(following - inverse) <= 1e-14 * inverse:
+        if abs(following - inverse) <= tolerance * inverse:
             break
         inverse = following
     return 1.0 / inverse

@@ -54,9 +54,7 @@ def classification_metrics(probs: Tensor, labels: Tensor, *, bins: int = 15) -> 
         top[name] = round(share * count) / count
     right = probs.gather(1, labels[:, None])[:, 0].clamp(min=torch.finfo(probs.dtype).tiny)
     diagram = reliability(probs, labels, bins=bins)
-    gaps = zip(diagram["count"], diagram["accuracy"], diagram["confidence"], strict=True)
-    ece = sum(n * abs(a - c) for n, a, c in gaps if n and a is not None and c is not None) / count
-    return {**top, "nll": -right.cpu().double().log().mean().item(), "ece": ece}
+    return {**top, "nll": -right.cpu().double().log().mean().item(), "ece": _calibration_error(diagram)}
 
 
 def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, list[Any]]:
@@ -77,11 +75,21 @@ def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, l
     confidence, predicted = probs.max(1)
     # Sums in float64 on the CPU: not every device has float64.
     confidence, hit = confidence.cpu().double(), (predicted == labels).cpu().double()
-    at = (confidence * bins).long().clamp(max=bins - 1)
+    return _diagram((confidence * bins).long().clamp(max=bins - 1), confidence, hit, bins)
+
+
+def _diagram(at: Tensor, confidence: Tensor, hit: Tensor, bins: int) -> dict[str, list[Any]]:
+    """What `reliability` returns, from each sample's bin, confidence and 1 or 0 for right or wrong."""
     count = torch.bincount(at, minlength=bins)
     sums = [torch.bincount(at, weights=values, minlength=bins) for values in (confidence, hit)]
     means = [[s / n if n else None for s, n in zip(v.tolist(), count.tolist(), strict=True)] for v in sums]
     return {"confidence": means[0], "accuracy": means[1], "count": count.tolist()}
+
+
+def _calibration_error(diagram: dict[str, list[Any]]) -> float:
+    """sum_b (count_b / N) |accuracy_b - confidence_b|"""
+    gaps = zip(diagram["count"], diagram["accuracy"], diagram["confidence"], strict=True)
+    return sum(n * abs(a - c) for n, a, c in gaps if n) / sum(diagram["count"])
 
 
 def mixed_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:

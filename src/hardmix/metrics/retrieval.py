@@ -169,13 +169,18 @@ def _ranks(
         ranks[block] = ((cosines >= nearest) & ~belong).sum(1) + 1
         right[block] = belong.sum(1)
     count = right.cpu()
-    alone = (count == 0).nonzero().flatten().tolist()
+    _something_to_find(who, name, count)
+    return ranks.cpu(), count
+
+
+def _something_to_find(who: str, name: str, right: Tensor) -> None:
+    """Each row has a right candidate: `right` (N,), their number or whether there is one, has no zero."""
+    alone = (right == 0).nonzero().flatten().tolist()
     if alone:
         raise ValueError(
-            f"{who}: {len(alone)} of {len(count)} rows have nothing to find ({name}, row {alone[0]} first); "
+            f"{who}: {len(alone)} of {len(right)} rows have nothing to find ({name}, row {alone[0]} first); "
             "leave them out, or repair the ids."
         )
-    return ranks.cpu(), count
 
 
 def _chance(right: Tensor, candidates: int, k: int) -> float:
