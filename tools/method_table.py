@@ -130,6 +130,31 @@ REGRESSION_CASES = {
         "`lds_weights`": ("labels", "lds"),
     },
 }
+#: card -> what a row of its table is called -> loss and form in image_text.json; forms not measured have no row
+PAIR_FORMS = {
+    "clip": {
+        "`ClipLoss`": ("CLIP", "hardmix"),
+        "two products and `F.cross_entropy`": ("CLIP", "plain"),
+        "open_clip's `ClipLoss`": ("CLIP", "open_clip"),
+    },
+    "m2-mix": {
+        "`M2MixLoss`": ("m2-Mix", "hardmix"),
+        "the same with mixtures formed": ("m2-Mix", "plain"),
+        "`M2MixLoss(draws=4)`": ("m2-Mix, 4 draws", "hardmix"),
+        "the same with mixtures formed, four times": ("m2-Mix, 4 draws", "plain"),
+        "`ClipLoss` alone": ("CLIP", "hardmix"),
+        "open_clip's `ClipLoss` alone": ("CLIP", "open_clip"),
+    },
+    "m3-mix": {
+        "`M3MixLoss`": ("m3-Mix", "hardmix"),
+        "the same with mixtures formed": ("m3-Mix", "plain"),
+        "`ClipLoss` alone": ("CLIP", "hardmix"),
+    },
+}
+#: batch sizes of these tables, where the result file has more
+PAIR_ROWS = (128, 1024, 4096, 16384, 32768)
+#: what a recipe does not set: it trains on the mean over the pairs of all processes
+NOT_IN_A_RECIPE = ("reduction", "gather", "accumulate", "open_clip")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,6 +229,31 @@ def regression_methods() -> str:
     function = f"`{losses.lds_weights.__name__}`"
     rows.append((card("label-density"), "`[density]`", f"`{density.__name__}`", function, summary_of_file(density)))
     return table(("method", "in a recipe", "class", "function", "what it does"), rows)
+
+
+def pair_objectives() -> str:
+    """Objectives of image-text pairs, and what a call takes beside the features and their scale."""
+    rows = []
+    modules = [cls.__module__ for cls in tables.PAIR_OBJECTIVES.values()]
+    for at, (name, cls) in enumerate(tables.PAIR_OBJECTIVES.items()):
+        function = re.match(r"`(\w+_loss)`", inspect.cleandoc(cls.__doc__ or ""))
+        if function and modules.count(cls.__module__) > 1:
+            does = summary(getattr(losses, function[1]))
+        else:  # what a file says of itself is said of the first class in it
+            does = summary(cls) if cls.__module__ in modules[:at] else summary_of_file(cls)
+        usual = inspect.signature(losses.M2MixLoss.forward).parameters
+        call = [
+            f"`{key}`" for key in inspect.signature(cls.forward).parameters if key not in usual or _needed(cls, key)
+        ]
+        settings = [f"`{key}`" for key in inspect.signature(cls).parameters if key not in NOT_IN_A_RECIPE]
+        rows.append((card(name), f"`{cls.__name__}`", does, ", ".join(call), ", ".join(settings)))
+    return table(("in a recipe", "class", "what it does", "a call also takes", "settings"), rows)
+
+
+def _needed(cls: type[nn.Module], key: str) -> bool:
+    """Whether a call can't do without a keyword."""
+    parameter = inspect.signature(cls.forward).parameters[key]
+    return parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
 
 
 def card(name: str) -> str:
@@ -367,6 +417,30 @@ def regression_cost(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def pair_cost(name: str) -> str:
+    """Milliseconds and megabytes of an objective for pairs from the committed result file."""
+    command, result = "`python benchmarks/image_text_loss.py`", _result("image_text.json")
+    found = {(row["loss"], row["form"], row["rows"]): row for row in result.get("table", [])}
+    forms = {title: case for title, case in PAIR_FORMS[name].items() if any(key[:2] == case for key in found)}
+    if not forms:
+        return f"{command} times it; no result is committed yet."
+    first = next(iter(forms.values()))
+    counts = [n for n in PAIR_ROWS if (*first, n) in found]
+    rows = [(title, *(_pair_cell(found.get((*case, n))) for n in counts)) for title, case in forms.items()]
+    size = found[(*first, counts[0])]["size"]
+    head = (
+        f"Measured by {command}: forward and backward with one thread,\n"
+        f"milliseconds of CPU time / megabytes beyond the features, {size} numbers a row."
+    )
+    return f"{head}\n\n{table(('', *(f'N = {n}' for n in counts)), rows)}"
+
+
+def _pair_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['ms']:,.1f} / {row['peak_mb']:,.0f}" if "ms" in row else f"needs {row['needs_gib']:,.0f} GiB"
+
+
 def _result(name: str) -> dict[str, Any]:
     path = RESULTS / name
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -491,6 +565,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "objectives": objectives,
     "regression methods": regression_methods,
+    "pair objectives": pair_objectives,
     "data sets": data_sets,
     "number sets": number_sets,
     "data commands": data_commands,
@@ -504,6 +579,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{f"cost of {name}": partial(loss_cost, name) for name in LOSS_CASES},
     **{f"cost of {name}": partial(contrast_cost, name) for name in CONTRAST_FORMS},
     **{f"cost of {name}": partial(regression_cost, name) for name in REGRESSION_CASES},
+    **{f"cost of {name}": partial(pair_cost, name) for name in PAIR_FORMS},
 }
 
 if __name__ == "__main__":

@@ -148,8 +148,14 @@ def evaluate(
         bool, typer.Option("--robustness", help="Also occluded, attacked, corrupted and mixed images, and calibration.")
     ] = False,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images that --robustness changes.")] = 1500,
+    task: Annotated[
+        str,
+        typer.Option("--task", help="Of an image-text run: retrieval, calibration, zeroshot, arithmetic, or geometry."),
+    ] = "",
 ) -> None:
     """Measure a trained run on its test split again, from a checkpoint.
+
+    With --task one measure of an image-text run in full, line by line.
 
     With --robustness the folder's report gets a section on occlusion, FGSM, corruptions, hard mixed samples over
     lambda, temperature scaling, and why the training accuracy of a mixed run is low. A comparison folder is measured
@@ -162,6 +168,11 @@ def evaluate(
 
     _is_run(run_folder)
     checkpoint = checkpoint or _recipes_choice(run_folder)
+    if task:
+        from hardmix.train.pair_eval import pair_lines
+
+        _print_lines(*pair_lines(run_folder, checkpoint, data_path, task))
+        return
     result = evaluate_run(run_folder, checkpoint, data_path)
     _print_metrics(result["test"], f"{result['name']}, checkpoint of step {result['step']}")
 
@@ -193,6 +204,7 @@ def data() -> None:
     """List the data sets: what each holds, where it was found or looked for, and the command that gets the rest."""
     from hardmix.data.catalog import survey
     from hardmix.data.number_sets import NUMBER_SETS, find_numbers
+    from hardmix.data.pair_sets import PAIR_SETS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "what", "train + test", "licence", "found"):
@@ -215,6 +227,13 @@ def data() -> None:
         table.add_row(escape(numbers.name), escape(title), count, escape(numbers.license), found)
         if where.path is None:
             missing.append((numbers.name, numbers.get, where.looked))
+    table.add_section()
+    for pairs in PAIR_SETS.values():
+        count = f"{pairs.pictures:,}" if pairs.pictures else ""
+        if pairs.yours:
+            missing.append((pairs.name, pairs.get, ()))
+        found = "" if pairs.yours else "[green]hardmix[/green]"
+        table.add_row(escape(pairs.name), escape(pairs.title), count, escape(pairs.license), found)
     console.print(table)
     for name, get, looked in missing:
         console.print(f"\n[bold]{escape(name)}[/bold]: {escape(get)}", soft_wrap=True)
@@ -228,8 +247,11 @@ def list_names() -> None:
     from hardmix import tables
     from hardmix.data.catalog import CATALOG
     from hardmix.data.number_sets import NUMBER_SETS
+    from hardmix.data.pair_sets import PAIR_SETS
     from hardmix.models.build import MODELS
     from hardmix.models.encoders import ENCODERS
+    from hardmix.models.pair_build import PAIR_MODELS
+    from hardmix.models.towers import TEXT_TOWERS
     from hardmix.train.recipe import read_toml, shipped
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -248,6 +270,10 @@ def list_names() -> None:
         "contrasts": tables.CONTRASTS,
         "encoders": ENCODERS,
         "sets of numbers": NUMBER_SETS,
+        "for pictures with texts, objectives": tables.PAIR_OBJECTIVES,
+        "two-tower models": PAIR_MODELS,
+        "text towers": TEXT_TOWERS,
+        "sets of pictures with texts": PAIR_SETS,
     }.items():
         console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
 
@@ -380,12 +406,16 @@ def _evaluate_robustness(folder: Path, checkpoint: str | None, data_path: str, s
         heads = ("measure", "over", "values")
         lines = rows(robustness_of_run(folder, checkpoint, data_path, samples=samples))
         page = write_run_report(folder)
+    _print_lines(heads, lines)
+    _say_where("Report", page)
+
+
+def _print_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:
         table.add_row(*map(escape, line))
     # Values stand below what they are measured at; a narrow terminal may wrap the line, but not the cells.
     Console(highlight=False, width=max(console.width, 140)).print(table)
-    _say_where("Report", page)
 
 
 def _stem(name: str) -> str:
@@ -463,6 +493,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         summary["test"],
         f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test "
         + summary["data"].get("kind", "images"),
+        summary.get("before"),
     )
 
 
@@ -471,19 +502,42 @@ TITLES = {
     "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "mixup_both": "both in Mixup %",
     "cutmix_both": "both in CutMix %", "mae": "MAE", "rmse": "RMSE", "gm": "GM", "r2": "R2", "pearson": "Pearson",
     "spearman": "Spearman", "ordinality": "ordinality", "local_linearity": "non-linearity",
+    "recall_1": "R@1 %", "recall_5": "R@5 %", "recall_10": "R@10 %", "median_rank": "rank",
+    "shift_recall_1": "shift R@1 %", "shift_recall_5": "shift R@5 %", "shift_ece": "shift ECE %",
+    "seen_shift_recall_5": "seen, shift R@5 %", "zeroshot": "zero-shot %", "shift_zeroshot": "shift zero-shot %",
+    "fewshot_4": "4-shot %", "shift_fewshot_4": "shift 4-shot %", "arithmetic": "arithmetic %", "gap": "gap",
 }  # fmt: skip
 
 
 #: what a terminal has no room for in a comparison
-IN_THE_REPORT = ("top5", "gm", "pearson", "local_linearity")
+IN_THE_REPORT = (
+    *("top5", "gm", "pearson", "local_linearity", "recall_10", "median_rank", "shift_recall_1"),
+    *("seen_shift_recall_5", "shift_zeroshot", "shift_fewshot_4", "gap"),
+)
 
 
-def _print_metrics(test: dict[str, Any], title: str) -> None:
-    table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
+#: metrics that fit side by side on a narrow terminal
+MOST_COLUMNS = 10
+
+
+def _print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | None = None) -> None:
+    """Up to a handful of metrics side by side; more one below the other, with what they were before where known."""
     shown = [key for key in TITLES if key in test]
+    if len(shown) <= MOST_COLUMNS:
+        table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for key in shown:
+            table.add_column(TITLES[key], justify="right")
+        table.add_row(*(_number(test[key], key) for key in shown))
+        console.print(table)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("before", "after") if before else ("test",):
+        table.add_column(name, justify="right")
     for key in shown:
-        table.add_column(TITLES[key], justify="right")
-    table.add_row(*(_number(test[key], key) for key in shown))
+        values = ([_number(before.get(key), key)] if before else []) + [_number(test[key], key)]
+        table.add_row(TITLES[key], *values)
+    console.print(escape(title))
     console.print(table)
 
 

@@ -57,3 +57,18 @@ CONTRASTS: dict[str, type] = {
 
 #: Those that are made to stand beside a head's loss, and act on the features that the head reads.
 JOINT_CONTRASTS = frozenset({"ranksim", "ordinal-entropy", "conr"})
+
+#: Objectives of the features that two towers make of image-text pairs.
+PAIR_OBJECTIVES: dict[str, type] = {
+    "clip": losses.ClipLoss,
+    "siglip": losses.SigLipLoss,
+    "m2-mix": losses.M2MixLoss,
+    "m2-mix-siglip": losses.M2MixSigLipLoss,
+    "m3-mix": losses.M3MixLoss,
+    "cyclip": losses.CyClipLoss,
+    "hcl": losses.HCLLoss,
+    "i-mix": losses.IMixLoss,
+    "un-mix": losses.UnMixLoss,
+    "carot": losses.CaRotLoss,
+    "lipsum": losses.LipsumLoss,
+}

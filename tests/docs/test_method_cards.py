@@ -9,16 +9,17 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from docs.test_documents import blocks
-from hardmix import losses, tables
+from hardmix import losses, metrics, mixing, tables
 from hardmix.models.build import MODELS, build_model
 from hardmix.train.components import build_contrast, build_objective, build_policy
-from hardmix.train.recipe import check_recipe, tomllib
+from hardmix.train.recipe import Recipe, check_recipe, tomllib
+from hardmix.train.weight_space import fit_radii, project, wise_ft
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods"
@@ -26,10 +27,20 @@ CLASSIFICATION = {**tables.POLICIES, **tables.OBJECTIVES}
 REGRESSION = {**tables.CONTRASTS, **tables.REGRESSION_OBJECTIVES, **tables.REGRESSION_POLICIES}
 #: a card -> the function and the class that share it, none of them a name in a recipe
 SHARED = {"label-density": (losses.lds_weights, losses.FeatureSmoothing)}
-ENTRIES: dict[str, tuple[Any, ...]] = {
-    **{name: (cls,) for name, cls in (CLASSIFICATION | REGRESSION).items()},
-    **SHARED,
+#: a card -> functions on the weights or the features of tuned models
+FUNCTIONS = {
+    "wise-ft": (wise_ft,),
+    "tpgm": (project, fit_radii),
+    "embedding-shift": (metrics.embedding_shift,),
+    "slerp": (mixing.slerp,),
 }
+ENTRIES: dict[str, tuple[Any, ...]] = {
+    **{name: (cls,) for name, cls in (CLASSIFICATION | REGRESSION | tables.PAIR_OBJECTIVES).items()},
+    **SHARED,
+    **FUNCTIONS,
+}
+#: those that know no batches
+OF_WEIGHTS = ("wise-ft", "tpgm")
 HEADINGS = ["Equation", "Use", "Settings", "Cost", "When not to use it", "Edges", "Reference"]
 #: what the recipe of a card for numbers leaves unsaid
 NUMBERS: dict[str, Any] = {
@@ -40,6 +51,18 @@ NUMBERS: dict[str, Any] = {
     "objective": {"name": "regression"},
     "train": {"epochs": 100},
 }
+#: the same of a card for image-text pairs
+PAIRS: dict[str, Any] = {
+    "name": "card",
+    "task": "image-text",
+    "data": {"name": "emoji"},
+    "model": {"name": "two-tower"},
+    "objective": {"name": "clip"},
+    "train": {"epochs": 100},
+}
+of_pairs = pytest.mark.skipif(
+    PAIRS["task"] not in get_args(Recipe.model_fields["task"].annotation), reason="there is no image-text task yet"
+)
 
 
 def sections(page: Path) -> dict[str, str]:
@@ -80,6 +103,7 @@ def test_settings_are_the_arguments_with_their_defaults(name: str) -> None:
         expected = {
             key: "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
             for key, parameter in inspect.signature(thing).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD  # another library's, which have no effect
         }
         part = text if len(ENTRIES[name]) == 1 else text.partition(f"### `{thing.__name__}`\n")[2].partition("\n###")[0]
         assert settings_table(part) == expected
@@ -88,8 +112,14 @@ def test_settings_are_the_arguments_with_their_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", ENTRIES)
 def test_edges_speak_of_what_every_card_has_to_settle(name: str) -> None:
     text = " ".join(card(name)["Edges"].split())
-    same = "[Ss]ame class" if name in CLASSIFICATION else "[Ee]qual labels|labels equal"
-    for subject in ("N = 1", "[Oo]dd batch", "square|[Ss]hape", "[Hh]alf types", same):
+    if name in CLASSIFICATION:
+        same = "[Ss]ame class"
+    elif name in tables.PAIR_OBJECTIVES or name in FUNCTIONS:
+        same = "[Ee]qual (pairs|rows)|[Pp]airs equal|both have equal|not tuned"
+    else:
+        same = "[Ee]qual labels|labels equal"
+    batch = () if name in OF_WEIGHTS else ("N = 1", "[Oo]dd batch")
+    for subject in (*batch, "square|[Ss]hape", "[Hh]alf types", same):
         assert re.search(subject, text), subject
     if name not in CLASSIFICATION and name not in tables.REGRESSION_OBJECTIVES:
         assert "NaN" in text
@@ -104,7 +134,7 @@ def test_the_reference_is_that_of_the_docstrings(name: str) -> None:
             documents.append(getattr(sys.modules[thing.__module__], function).__doc__ or "")
     text = card(name)["Reference"]
     numbers = {number for document in documents for number in re.findall(r"arXiv:(\d{4}\.\d{5})", document)}
-    assert numbers or name in CLASSIFICATION
+    assert numbers or name in CLASSIFICATION or "Our extension" in documents[0]
     for number in numbers:
         assert number in text, number
     assert re.search(r"\b(19|20)\d\d\b", text), "a reference has a year"
@@ -126,7 +156,11 @@ def test_the_code_uses_what_the_card_is_about(name: str, monkeypatch: pytest.Mon
         if inspect.isclass(thing):
             monkeypatch.setattr(thing, "forward", spy(thing, thing.forward))
         else:
-            monkeypatch.setattr(losses, thing.__name__, spy(thing, thing))
+            module = sys.modules[thing.__module__]
+            package = sys.modules[thing.__module__.rpartition(".")[0]]
+            monkeypatch.setattr(
+                package if hasattr(package, thing.__name__) else module, thing.__name__, spy(thing, thing)
+            )
     space: dict = {"__name__": "__card__"}
     for text in blocks(METHODS / f"{name}.md", "python"):
         exec(compile(text, f"{name}.md", "exec"), space)
@@ -174,6 +208,32 @@ def test_recipes_of_a_shared_card_load(name: str) -> None:
         recipe = check_recipe({**NUMBERS, **table}, name)
         assert recipe.density.lds
         assert recipe.density.fds
+
+
+@of_pairs
+@pytest.mark.parametrize("name", tables.PAIR_OBJECTIVES)
+def test_recipes_of_a_card_for_pairs_load_and_name_it(name: str) -> None:
+    from hardmix.train.components import build_pair_objective
+
+    for table in snippets(name):
+        recipe = check_recipe({**PAIRS, **table}, name)
+        assert name in names_in(table)
+        a, b, x = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 3, 8, 8)
+        given: dict[str, Any] = {"image_features": a, "text_features": b, "logit_scale": 10.0, "logit_bias": -10.0}
+        given |= {"reference_features": b, "teacher": (a, b, 10.0), "projections": (torch.eye(4), torch.eye(4))}
+        if recipe.policy is not None:
+            plan = build_policy(recipe.policy, None).plan(x)
+            given |= {"mixed_features": a.flip(0), "partner": plan.partner, "lam": plan.lam}
+        criterion = build_pair_objective(recipe.objective)
+        taken = inspect.signature(criterion.forward).parameters
+        assert criterion(**{key: value for key, value in given.items() if key in taken}).isfinite()
+
+
+@of_pairs
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "slerp"])
+def test_recipes_of_a_card_for_tuned_models_load_and_name_it(name: str) -> None:
+    for table in snippets(name):
+        assert check_recipe({**PAIRS, **table}, name).tune.after == name
 
 
 def names_in(value: object) -> set[str]:
@@ -348,6 +408,27 @@ def test_measured_costs_for_numbers_come_from_the_result_file(
     assert "no result is committed yet" in tool.PARTS["cost of conr"]()
 
 
+def test_measured_costs_for_pairs_come_from_the_result_file(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    assert "no result is committed yet" in tool.PARTS["cost of m2-mix"]()
+    found: list[dict[str, Any]] = [
+        {"loss": loss, "form": form, "rows": rows, "size": 512, "ms": 1234.56, "peak_mb": 8.4}
+        for loss, form, rows in [("m2-Mix", "hardmix", 128), ("m2-Mix", "hardmix", 32768), ("m2-Mix", "plain", 128)]
+    ]
+    found.append({"loss": "m2-Mix", "form": "plain", "rows": 32768, "size": 512, "needs_gib": 32.0})
+    found.append({"loss": "CLIP", "form": "hardmix", "rows": 128, "size": 512, "ms": 0.12, "peak_mb": 0.0})
+    (tmp_path / "image_text.json").write_text(json.dumps({"table": found}))
+    text = tool.PARTS["cost of m2-mix"]()
+    assert "512 numbers a row" in text
+    assert "| N = 128 | N = 32768 |" in text
+    assert "| `M2MixLoss` | 1,234.6 / 8 | 1,234.6 / 8 |" in text
+    assert "| the same with mixtures formed | 1,234.6 / 8 | needs 32 GiB |" in text
+    assert "| `ClipLoss` alone | 0.1 / 0 | - |" in text
+    assert "open_clip" not in text
+
+
 def test_the_committed_results_have_every_case_of_the_tables(tool: Any) -> None:
-    for name in [*tool.CONTRAST_FORMS, *tool.REGRESSION_CASES]:
+    for name in [*tool.CONTRAST_FORMS, *tool.REGRESSION_CASES, *tool.PAIR_FORMS]:
         assert "no result is committed yet" not in tool.PARTS[f"cost of {name}"](), name

@@ -23,6 +23,7 @@ from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import write_json
 from hardmix.train.loop import read_summary, run_recipe
 from hardmix.train.recipe import Recipe
+from hardmix.train.start import prepare_start
 from hardmix.train.stop import follow_parent
 from hardmix.train.tasks import TASKS
 
@@ -82,6 +83,8 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     watch = watch or _nobody
     try:
+        for recipe in recipes:  # what several runs start from is trained once, before they look for it side by side
+            prepare_start(recipe)
         if workers == 1:
             for number, job in enumerate(jobs):
                 run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
@@ -112,7 +115,7 @@ def summarise(
         return [math.nan if value is None else value for value in found]  # JSON has no NaN
 
     first = recipes[0]
-    metrics = TASKS[first.task].metrics
+    metrics = [m for m in TASKS[first.task].metrics if all(m in summary["test"] for summary in summaries.values())]
     table = []
     for recipe in recipes:
         summary = summaries[recipe.name, seeds[0]]

@@ -11,13 +11,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from hardmix import tables
+from hardmix import _check, losses, tables
 from hardmix._check import did_you_mean
 from hardmix.losses import label_mixture
 from hardmix.mixing.pairing import LabelKernel
 
 #: Gaussians that stand for the distribution of the training labels, unless a recipe says `components`
 MIXTURE_COMPONENTS = 8
+#: of Lipsum-FT where a recipe says nothing: how much it weighs beside the cross entropy, and its texts
+LIPSUM = {"weight": 0.1, "texts": 80}
 
 
 class Component(BaseModel):
@@ -73,6 +75,33 @@ def build_objective(component: Component, train_labels: Tensor | None = None) ->
     if isinstance(options.get("weight"), list):
         options["weight"] = torch.tensor(options["weight"], dtype=torch.float32)
     return cls(**options)
+
+
+def check_objective(component: Component) -> None:
+    """That there is an objective of this name, for whatever task, and that it takes these options."""
+    names = [*tables.OBJECTIVES, *tables.REGRESSION_OBJECTIVES, *tables.PAIR_OBJECTIVES]
+    check_name("objective", component.name, names)
+    (build_pair_objective if component.name in tables.PAIR_OBJECTIVES else build_objective)(component)
+
+
+def build_pair_objective(component: Component) -> Any:
+    """The objective of image-text pairs that a recipe names."""
+    cls = entry("objective of pairs", component.name, tables.PAIR_OBJECTIVES)
+    _check_mean(component)
+    known = [name for name in _parameters(cls) if name not in ("gather", "accumulate", "open_clip", "reduction")]
+    options = component.options
+    options.pop("reduction", None)
+    check_options("objective", component.name, [*known, *LIPSUM] if cls is losses.LipsumLoss else known, options)
+    return cls(**{key: value for key, value in options.items() if key in known})
+
+
+def lipsum_options(component: Component) -> tuple[float, int]:
+    """Weight of Lipsum-FT's second term, and number of its texts."""
+    found = LIPSUM | {key: value for key, value in component.options.items() if key in LIPSUM}
+    return (
+        _check.positive("LipsumLoss", "weight", found["weight"]),
+        _check.integer("LipsumLoss", "texts", found["texts"], 1),
+    )
 
 
 def build_contrast(component: Component, train_labels: Tensor | None = None) -> Any:

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
 from hardmix.distributed import from_first, largest, mean_over_ranks, my_part
+from hardmix.models.pair_model import layer_depths
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.log import NoLog, RunLog
 from hardmix.train.recipe import Recipe, load_recipe
 from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
+from hardmix.train.start import prepare_start
 from hardmix.train.state import (
     clean_leftovers,
     flatten_optimizer,
@@ -38,6 +41,7 @@ from hardmix.train.state import (
 )
 from hardmix.train.stop import Stop, stop_signals
 from hardmix.train.tasks import TASKS
+from hardmix.train.tasks.image_text import ImageText
 
 #: called a few times a second with {"step", "steps", "epoch", "epochs", "images_per_s"} and what the task logs: "loss",
 #: "contrast", and "accuracy" where there is one
@@ -59,6 +63,7 @@ def run_recipe(
         RunError: the folder holds another run, another process trains into it, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
+    prepare_start(recipe, progress)
     accelerator = _accelerator(recipe)
     first = accelerator.is_main_process
     if problem := from_first(_problem_with(recipe, folder, resume) if first else None):
@@ -173,6 +178,8 @@ class _Run:
                 self._save(started)
                 message = f"stopped at step {self.step}; go on with: hardmix run --resume {self.folder}"
                 raise Interrupted(message, signum)
+        if self.steps == 0:  # the weights that the run starts from are what it measures
+            self._end_of_epoch(started)
 
     def finish(self) -> dict[str, Any]:
         """Measure the test split and write the summary, the gallery and the report."""
@@ -200,7 +207,7 @@ class _Run:
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
-                "per_step": round(self.seconds / self.steps, 6),
+                "per_step": round(self.seconds / max(1, self.steps), 6),
             },
             "memory_mb": _peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -219,7 +226,7 @@ class _Run:
 
         while self.step < self.steps:
             at = self.schedule.place(self.step)
-            self.task.start_epoch(at.stage)
+            self.task.start_epoch(at.stage, at.epoch)
             order = torch.randperm(
                 self.schedule.stages[at.stage].samples, generator=generator(self.recipe.seed, "order", at.epoch)
             )
@@ -242,21 +249,27 @@ class _Run:
         train, rank = self.recipe.train, self.accelerator.process_index
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(step)
+            group["lr"] = self.schedule.lr(step) * group.get("share", 1.0)
         self.task.start_step(step / self.steps, generator(self.recipe.seed, "contrast", step))
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, rank))
         totals: dict[str, Tensor] = {}
         parts = min(train.accumulate, len(index))
-        for part, piece in enumerate(zip(*(tensor.tensor_split(parts) for tensor in raw), strict=True)):
+        # A loss that compares the samples of a batch is not the mean of those of its parts.
+        whole = self.task if parts > 1 and isinstance(self.task, ImageText) and self.task.compares else None
+        for part, piece in enumerate(zip(*(tensor.tensor_split(1 if whole else parts) for tensor in raw), strict=True)):
             batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in piece)
             # Processes average their gradients: with this weight the average is the mean over the global batch.
             share = len(batch[0]) * self.accelerator.num_processes / self.batch_size
             draws = generator(self.recipe.seed, "mix", step, rank, part)
             with self.accelerator.autocast():
-                loss, values = self.task.loss(self.model, batch, draws)
+                if whole is not None:
+                    loss, values = whole.loss_in_parts(self.model, batch, draws, parts, partial(self._scaled, share))
+                else:
+                    loss, values = self.task.loss(self.model, batch, draws)
             if not math.isfinite(loss.item()):
                 raise RunError(self._not_finite(step, index, batch, loss.item()))
-            self.accelerator.backward(loss * share)
+            if whole is None:
+                self.accelerator.backward(loss * share)
             totals = {k: totals[k] + v * share if k in totals else v * share for k, v in values.items()}
         if train.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -265,6 +278,11 @@ class _Run:
         if self.ema is not None:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
         return totals
+
+    def _scaled(self, share: float, loss: Tensor) -> Tensor:
+        """What `Accelerator.backward` would go back from."""
+        scaler = self.accelerator.scaler
+        return loss * share if scaler is None else scaler.scale(loss * share)
 
     def _not_finite(self, step: int, index: Tensor, batch: tuple[Tensor, ...], loss: float) -> str:
         """Who is to blame: the images, the weights, or the step itself."""
@@ -411,19 +429,38 @@ def _accelerator(recipe: Recipe) -> Any:
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
     # A stage of a contrast leaves the head or the encoder without gradient, which the processes would wait for.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.contrast is not None)
+    stages = recipe.contrast is not None or recipe.tune.probe_epochs > 0
+    unused = DistributedDataParallelKwargs(find_unused_parameters=stages)
     return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None, kwargs_handlers=[unused])
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices and filters only: norms and biases are not decayed."""
+    """Weight decay on matrices and filters only: norms and biases are not decayed.
+
+    A group's "share" is that of its learning rate in the recipe's: with `tune.layer_decay`, d for each layer that lies
+    between it and the end of its tower.
+    """
     train = recipe.train
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for share, parameters in _shares(model, recipe.tune.layer_decay).items():
+        decayed = [p for p in parameters if p.ndim > 1]
+        plain = [p for p in parameters if p.ndim <= 1]
+        for chosen, decay in ((decayed, train.weight_decay), (plain, 0.0)):
+            if chosen or share == 1.0:
+                groups.append({"params": chosen, "weight_decay": decay, "share": share})
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
+
+
+def _shares(model: nn.Module, decay: float) -> dict[float, list[nn.Parameter]]:
+    """Parameters that are trained, by the share of the learning rate that they get; 1 comes first."""
+    shares: dict[float, list[nn.Parameter]] = {1.0: []}
+    depth = layer_depths(model) if decay < 1.0 else {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shares.setdefault(decay ** depth.get(name, 0), []).append(parameter)
+    return shares
 
 
 def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:

@@ -18,8 +18,10 @@ from hardmix._check import did_you_mean
 from hardmix.data.catalog import CATALOG
 from hardmix.data.kind_views import DEFAULT_VIEWS
 from hardmix.data.number_sets import NUMBER_SETS
-from hardmix.train.components import Component, build_objective, build_policy, policy_names
+from hardmix.data.pair_sets import PAIR_SETS
+from hardmix.train.components import Component, build_policy, check_objective, policy_names
 from hardmix.train.errors import RecipeError
+from hardmix.train.pair_checks import check_pairs
 from hardmix.train.sections import (
     ContrastSection,
     DataSection,
@@ -28,6 +30,7 @@ from hardmix.train.sections import (
     ModelSection,
     Section,
     TrainSection,
+    TuneSection,
     kind_of,
 )
 
@@ -41,6 +44,12 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 #: noise on the rows of a table that are contrasted, unless a recipe says another
 ROW_NOISE = 0.1
+#: the sets of each task
+SETS: dict[str, Mapping[str, Any]] = {
+    "classification": CATALOG,
+    "regression": NUMBER_SETS,
+    "image-text": PAIR_SETS,
+}
 
 
 class Recipe(Section):
@@ -50,7 +59,7 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="up to 80 letters, digits, dots, dashes, underscores"
     )
     about: str = Field("", description="one line for `hardmix list`")
-    task: Literal["classification", "regression"] = Field("classification", description="kind of target")
+    task: Literal["classification", "regression", "image-text"] = Field("classification", description="kind of target")
     seed: int = Field(0, ge=0, lt=2**31, description="what all random numbers of the run follow from")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -60,6 +69,7 @@ class Recipe(Section):
     )
     contrast: ContrastSection | None = Field(None, description="contrast before or beside the head, for regression")
     density: DensitySection = Field(DensitySection(), description="smoothed label densities, for regression")
+    tune: TuneSection = Field(TuneSection(), description="start, temperature and what is trained, for image-text")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
 
@@ -70,6 +80,8 @@ class Recipe(Section):
         if not isinstance(table, Mapping):
             return table
         data = table.get("data", {})
+        if isinstance(data, Mapping) and data.get("name") in PAIR_SETS:
+            return _pair_defaults({**table, "data": {"augment": [], **data}})
         if not isinstance(data, Mapping) or data.get("name") not in NUMBER_SETS:
             return table
         kind = kind_of(data["name"])
@@ -96,7 +108,7 @@ class Recipe(Section):
             if value is not None and info.field_name == "policy":
                 build_policy(value, model=None)
             elif value is not None:
-                build_objective(value)
+                check_objective(value)
         except TypeError as error:  # which pydantic would not list with the other mistakes
             raise ValueError(str(error)) from None
         return value
@@ -109,22 +121,29 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:
-        if self.train.warmup_epochs >= self.train.epochs:
+        if self.train.epochs == 0 and not self.tune.start:
+            raise ValueError("train.epochs is 0, which measures the weights of tune.start; name one, or train")
+        if self.train.epochs and self.train.warmup_epochs >= self.train.epochs:
             raise ValueError(
                 f"train.warmup_epochs is {self.train.warmup_epochs:g} but train.epochs is {self.train.epochs}; "
                 "the learning rate would never come down: set a smaller warm-up, 0 is fine"
             )
         numbers = self.data.name in NUMBER_SETS
-        if (self.task == "regression") != numbers:
-            sets = ", ".join(NUMBER_SETS if self.task == "regression" else CATALOG)
+        if self.data.name not in SETS[self.task]:
+            sets = ", ".join(SETS[self.task])
             raise ValueError(f'task is "{self.task}" but data.name is "{self.data.name}"; its sets are {sets}')
         if self.model.kind != self.data.kind:
             raise ValueError(
                 f'model.name is "{self.model.name}", which takes {self.model.kind}, but data.name is '
                 f'"{self.data.name}", which holds {self.data.kind}'
             )
+        if self.task == "image-text":
+            check_pairs(self)
+            return self
         if self.objective.name not in (tables.REGRESSION_OBJECTIVES if numbers else tables.OBJECTIVES):
             raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
+        if self.tune != TuneSection():
+            raise ValueError("tune is a section of image-text recipes; leave it out")
         for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
             self._check_policy(name)
         if self.density.lds and self.objective.name == "balanced-mse":
@@ -185,6 +204,18 @@ class Recipe(Section):
 
     def with_seed(self, seed: int) -> Recipe:
         return self.model_copy(update={"seed": seed})
+
+
+def _pair_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    """A model that is not said is that of the start, or two small towers."""
+    tune = table.get("tune", {})
+    start = tune.get("start", "") if isinstance(tune, Mapping) else ""
+    if "model" in table:
+        return table
+    if not start or not isinstance(start, str):
+        return {**table, "model": {"name": "two-tower"}}
+    before = Path(start) / "recipe.toml"
+    return {**table, "model": load_recipe(str(before) if before.is_file() else start).model.model_dump()}
 
 
 def shipped() -> dict[str, Any]:

@@ -9,8 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from hardmix.data.catalog import CATALOG
 from hardmix.data.kind_views import VIEWS
 from hardmix.data.number_sets import NUMBER_SETS
+from hardmix.data.pair_sets import PAIR_SETS
 from hardmix.models.build import MODELS, model_options
 from hardmix.models.encoders import ENCODERS, encoder_options
+from hardmix.models.pair_build import PAIR_MODELS, pair_model_options
+from hardmix.models.pair_model import PARTS
 from hardmix.tables import JOINT_CONTRASTS
 from hardmix.train.components import Component, build_contrast, check_name, check_options
 
@@ -31,9 +34,16 @@ class DataSection(Section):
     name: str = Field("fashion-mini", description="data set, one of `hardmix data`")
     path: str = Field("", description="file or folder of the data set; empty: look in the known places")
     domain: str = Field(
-        "", description="parts of a set of numbers that differ in their origin, joined by +; empty: all"
+        "",
+        description="parts of a set of numbers that differ in their origin, or styles of pictures with texts to train "
+        "on, joined by +; empty: all",
     )
-    samples: int = Field(0, ge=0, description="how many samples of a large set of numbers are read; 0: its own default")
+    styles: dict[str, str] = Field(
+        default_factory=dict, description="further styles of the emoji, or larger pictures of one: a folder for each"
+    )
+    samples: int = Field(
+        0, ge=0, description="how many samples of a large set of numbers or pairs are read; 0: its own default"
+    )
     train_samples: int = Field(0, ge=0, description="subset of the training split, of classes stratified; 0: all")
     validation: Float = Field(
         0.1, ge=0.0, lt=1.0, description="share of the samples to validate on, unless the set has its own"
@@ -63,16 +73,22 @@ class DataSection(Section):
     )
     workers: int = Field(0, ge=0, le=64, description="processes that read and decode images")
     on_error: Literal["raise", "skip"] = Field("raise", description="what to do with images that can't be read")
-    target: str = Field("", description="what is predicted: a column, an array; empty: the data set's own target")
-    labels: str = Field("", description="table with the numbers of a folder's files")
+    target: str = Field(
+        "",
+        description="what is predicted: a column, an array, the key of captions; empty: the data set's own, or found",
+    )
+    labels: str = Field("", description="table with the numbers or captions of a folder's files")
     inputs: str = Field("", description="column of file names or texts, array of series or volumes; empty: found")
+    captions: Literal["all", "first"] = Field(
+        "all", description="of a picture with several texts, train on one by chance, or on the first"
+    )
     pair: str = Field("", description="column of the second text of a pair; empty: single texts")
     missing: Literal["error", "mean", "drop"] = Field("error", description="what to do with empty cells of a table")
 
     @field_validator("name")
     @classmethod
     def _in_catalogue(cls, value: str) -> str:
-        check_name("data set", value, [*CATALOG, *NUMBER_SETS])
+        check_name("data set", value, [*CATALOG, *NUMBER_SETS, *PAIR_SETS])
         return value
 
     @field_validator("augment")
@@ -82,19 +98,22 @@ class DataSection(Section):
 
     @property
     def kind(self) -> str:
-        """What a sample is; "images" for a set of classes."""
+        """What a sample is; "images" for a set of classes, "pairs" for pictures with texts."""
         return kind_of(self.name)
 
 
 def kind_of(data: str) -> str:
+    if data in PAIR_SETS:
+        return "pairs"
     return NUMBER_SETS[data].kind if data in NUMBER_SETS else "images"
 
 
 def _views(names: list[str], data: str) -> list[str]:
+    kind = kind_of(data).replace("pairs", "images")
     for name in names:
-        if not VIEWS[kind_of(data)]:
-            raise ValueError(f'"{name}" is a view, but {data} holds {kind_of(data)}, which have none; leave it out')
-        check_name("view", name, VIEWS[kind_of(data)])
+        if not VIEWS[kind]:
+            raise ValueError(f'"{name}" is a view, but {data} holds {kind}, which have none; leave it out')
+        check_name("view", name, VIEWS[kind])
     return names
 
 
@@ -108,7 +127,7 @@ class ModelSection(Section):
     @classmethod
     def _is_a_model(cls, value: str) -> str:
         if not value.startswith("timm/"):
-            check_name("model", value, [*MODELS, *ENCODERS])
+            check_name("model", value, [*MODELS, *ENCODERS, *PAIR_MODELS])
         return value
 
     @field_validator("options")
@@ -119,17 +138,23 @@ class ModelSection(Section):
             check_options("model", name, encoder_options(name), value)
         if name in MODELS:
             check_options("model", name, [*model_options(name), "checkpoint"], value)
+        if name in PAIR_MODELS:
+            check_options("model", name, pair_model_options(name), value)
         return value
 
     @property
     def kind(self) -> str:
         """What it takes."""
+        if self.name in PAIR_MODELS:
+            return "pairs"
         return ENCODERS[self.name].kind if self.name in ENCODERS else "images"
 
 
 class TrainSection(Section):
     epochs: int = Field(
-        20, ge=1, description="passes over the training samples; what does not fill a batch is left out"
+        20,
+        ge=0,
+        description="passes over the training samples; what does not fill a batch is left out. 0 only with tune.start",
     )
     batch_size: int = Field(128, ge=1, description="samples of a step, all processes together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
@@ -221,6 +246,46 @@ class DensitySection(Section):
     def _has_a_middle(cls, value: int) -> int:
         if value % 2 == 0:
             raise ValueError(f"is {value}; pass an odd number, so that it has a middle")
+        return value
+
+
+class TuneSection(Section):
+    start: str = Field(
+        "", description="whose weights to start from: a recipe, which is trained once and kept, or the folder of a run"
+    )
+    temperature: Float = Field(
+        0.0, ge=0.0, description="of the cosines, one over their scale; 0: that of the start, or the model's own"
+    )
+    learn_temperature: bool = Field(True, description="train the temperature too; it stays at 0.01 or above")
+    freeze: list[str] = Field(default_factory=list, description=f"parts to hold as they are, of {', '.join(PARTS)}")
+    layer_decay: Float = Field(
+        1.0, gt=0.0, le=1.0, description="factor on the learning rate for each layer further from the end of a tower"
+    )
+    texts: Literal["captions", "classes"] = Field(
+        "captions", description="what pictures are matched with: their texts, or prompts with their class, as in FLYP"
+    )
+    classes: Literal["group", "subgroup"] = Field("group", description="classes of prompts, head, and zero-shot")
+    head: bool = Field(
+        False, description="train a linear head on the pictures' features instead of matching them with texts"
+    )
+    probe_epochs: int = Field(
+        0, ge=0, description="epochs that train the head alone, first: all of them for a linear probe, some for LP-FT"
+    )
+    after: Literal["nothing", "wise-ft", "tpgm", "embedding-shift"] = Field(
+        "nothing", description="what is done with the tuned weights, or with the embeddings, before they are measured"
+    )
+    amount: Float = Field(
+        -1.0,
+        le=1.0,
+        description="WiSE-FT's share of the tuned weights, or how far the modalities are shifted; below 0: the best of "
+        "0, 0.1 .. 1 on the validation split",
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _parts_exist(cls, value: list[str]) -> list[str]:
+        for name in value:
+            check_name("part of the model", name, PARTS)
         return value
 
 

@@ -85,7 +85,7 @@ class Classification:
     def stages(self) -> list[Stage]:
         return [Stage(self.recipe.train.epochs, len(self.train_set), self.recipe.train.lr)]
 
-    def start_epoch(self, stage: int) -> None:
+    def start_epoch(self, stage: int, epoch: int = 0) -> None:
         """Called before each epoch; there is one stage."""
 
     def end_epoch(self, model: nn.Module, device: torch.device) -> None:

@@ -133,7 +133,7 @@ class Regression:
         first = Stage(section.epochs, len(self.source.rows["train"]), train.lr)
         return [first, Stage(train.epochs - section.epochs, count, section.head_lr)]
 
-    def start_epoch(self, stage: int) -> None:
+    def start_epoch(self, stage: int, epoch: int = 0) -> None:
         """Called before each epoch."""
         section = self.recipe.contrast
         self.contrasting = section is not None and section.epochs > 0 and stage == 0

@@ -1,0 +1,73 @@
+"""What is done with a tuned image-text model before it is measured: WiSE-FT, TPGM, and the shift of embeddings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hardmix.losses import clip_loss
+from hardmix.models.pair_model import PairModel
+from hardmix.train.recipe import Recipe
+from hardmix.train.weight_space import fit_radii, project, wise_ft
+
+#: what is tried on the validation split where a recipe does not say how far to go
+GRID = tuple(round(0.1 * step, 1) for step in range(11))
+#: steps of TPGM, and pairs of each
+TPGM_STEPS, TPGM_BATCH = 100, 128
+
+
+class After(NamedTuple):
+    """The model to measure, how far its embeddings are shifted, and what was chosen, for the summary."""
+
+    model: PairModel
+    shift: float
+    chosen: dict[str, float]
+
+
+def after_tuning(
+    recipe: Recipe,
+    model: PairModel,
+    start: Mapping[str, Tensor] | None,
+    score: Callable[[PairModel, float], float],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+) -> After:
+    """Apply `tune.after`.
+
+    Args:
+        model: the tuned one, which stays as it is.
+        start: the weights before tuning.
+        score: of a model and a shift on the validation split; larger is better. Ties go to the smaller amount.
+        pairs: batches (images, texts) of the validation split, what the towers take, for TPGM.
+    """
+    kind, amount = recipe.tune.after, recipe.tune.amount
+    if kind == "nothing":
+        return After(model, 0.0, {})
+    if kind == "embedding-shift":
+        shift = amount if amount >= 0.0 else max(GRID, key=lambda value: (score(model, value), -value))
+        return After(model, shift, {"shift": shift})
+    assert start is not None
+    tuned = model.state_dict()
+    # A head that the start lacks stays as it was trained.
+    before = {name: start.get(name, value) for name, value in tuned.items()}
+    held = copy.deepcopy(model)
+    if kind == "tpgm":
+        radii = fit_radii(
+            held,
+            before,
+            lambda forward, batch: clip_loss(*(lambda found: (found.image, found.text, found.scale))(forward(*batch))),
+            pairs,
+            steps=TPGM_STEPS,
+            exclude=[name for name, _ in held.named_parameters() if name.startswith("head.")],
+        )
+        held.load_state_dict(project(tuned, before, radii))
+        return After(held, 0.0, {"radii": float(sum(radius.item() for radius in radii.values()))})
+
+    def at(alpha: float) -> PairModel:
+        held.load_state_dict(wise_ft(before, tuned, alpha))
+        return held
+
+    alpha = amount if amount >= 0.0 else max(GRID, key=lambda value: (score(at(value), 0.0), -value))
+    return After(at(alpha), 0.0, {"alpha": alpha})

@@ -1,0 +1,62 @@
+"""What has to fit together in a recipe for pictures with texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hardmix import tables
+from hardmix.losses import IMixLoss, UnMixLoss
+from hardmix.models.pair_build import check_pair_options
+from hardmix.train.components import policy_names
+
+if TYPE_CHECKING:
+    from hardmix.train.recipe import Recipe
+
+#: objectives of pictures that a policy has mixed
+OF_MIXTURES = (IMixLoss, UnMixLoss)
+
+
+def check_pairs(recipe: Recipe) -> None:
+    """Raises ValueError with the first thing that does not fit."""
+    tune, name = recipe.tune, recipe.objective.name
+    check_pair_options(recipe.model.options)
+    _check_objective(recipe)
+    mixes = tables.PAIR_OBJECTIVES.get(name) in OF_MIXTURES
+    if mixes and recipe.policy is None:
+        raise ValueError(f'objective "{name}" is of mixed pictures; add a policy such as mixup')
+    if recipe.policy is not None and not mixes:
+        known = ", ".join(key for key, cls in tables.PAIR_OBJECTIVES.items() if cls in OF_MIXTURES)
+        raise ValueError(f'a policy mixes pictures, which objective "{name}" knows nothing of; it goes with {known}')
+    for inside in [] if recipe.policy is None else policy_names(recipe.policy.model_dump()):
+        if inside in tables.NEEDS_MODEL or inside in tables.REGRESSION_POLICIES:
+            raise ValueError(f'policy "{inside}" does not mix pictures with texts; take one that mixes inputs')
+    if tune.probe_epochs > recipe.train.epochs:
+        raise ValueError(f"tune.probe_epochs is {tune.probe_epochs}, more than train.epochs ({recipe.train.epochs})")
+    if tune.probe_epochs and not tune.head:
+        raise ValueError("tune.probe_epochs trains a head first, and there is none; set tune.head=true")
+    stages = [epochs for epochs in (tune.probe_epochs, recipe.train.epochs - tune.probe_epochs) if epochs]
+    if stages and (shortest := min(stages)) <= recipe.train.warmup_epochs:
+        raise ValueError(
+            f"train.warmup_epochs is {recipe.train.warmup_epochs:g} but the shorter stage has {shortest} epochs; "
+            "its learning rate would never come down: set a smaller warm-up, 0 is fine"
+        )
+    if tune.after in ("wise-ft", "tpgm") and not tune.start:
+        raise ValueError(f"tune.after={tune.after} goes back towards the start, and tune.start names none")
+    if recipe.contrast is not None or recipe.density.lds or recipe.density.fds:
+        raise ValueError("contrast and density are sections of regression recipes; leave them out")
+    if recipe.data.imbalance > 1.0:
+        raise ValueError("data.imbalance is for sets of numbers; leave it out")
+
+
+def _check_objective(recipe: Recipe) -> None:
+    name, head = recipe.objective.name, recipe.tune.head
+    if head and name != "lipsum" and name not in tables.OBJECTIVES:
+        known = ", ".join([*tables.OBJECTIVES, "lipsum"])
+        raise ValueError(f'tune.head trains a classifier, and objective "{name}" is none of one; take {known}')
+    if not head and name == "lipsum":
+        raise ValueError('objective "lipsum" holds a classifier near its start; set tune.head=true')
+    if not head and name not in tables.PAIR_OBJECTIVES:
+        known = ", ".join(tables.PAIR_OBJECTIVES)
+        raise ValueError(f'objective "{name}" is not one of task "image-text"; there are {known}')
+    if name == "lipsum" and not recipe.tune.start:
+        raise ValueError('objective "lipsum" holds a classifier near its start; name one with tune.start')

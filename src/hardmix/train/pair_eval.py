@@ -1,0 +1,98 @@
+"""One measure of a trained image-text run in full, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hardmix import _check
+from hardmix.train.evaluate import load_run
+from hardmix.train.pair_measures import CUTS, DIRECTIONS, PARTS, SHOTS
+from hardmix.train.tasks.image_text import ImageText, _pair_model
+
+ANALOGIES = ("recall_1", "recall_5", "recall_1_without_text")
+Lines = tuple[list[str], list[list[str]]]
+
+
+def pair_lines(folder: Path, which: str = "last", data_path: str = "", task: str = "retrieval") -> Lines:
+    """Heads and lines of a table.
+
+    Args:
+        folder, which, data_path: as for `load_run`.
+        task: one of `hardmix.train.pair_measures.PARTS`.
+
+    Raises:
+        ValueError: an unknown task, a run of another kind, or a set that has nothing for it (classes, analogies).
+    """
+    _check.choice("eval", "--task", task, PARTS)
+    run = load_run(folder, which, data_path)
+    if not isinstance(run.task, ImageText):
+        raise ValueError(f"eval: --task {task} is for image-text runs, but {folder} is of task {run.task.recipe.task}.")
+    after = run.task.after(_pair_model(run.model), run.device)
+    found = run.task.measures(after.model, run.device, after.shift).test([task])
+    if not found["test"]:
+        raise ValueError(f"eval: {run.task.data.pairs.name} has nothing for --task {task}; take another one.")
+    return _TABLES[task](found)
+
+
+def _retrieval(found: dict[str, Any]) -> Lines:
+    heads = ["concepts", "style", "from", *(f"R@{k} %" for k in CUTS), "median rank", "chance R@5 %", "pairs"]
+    lines = []
+    for line in found["retrieval"]:
+        for direction in DIRECTIONS:
+            recalls = [f"{100 * line[f'{direction}_recall_{k}']:.1f}" for k in CUTS]
+            lines.append(
+                [
+                    line["part"],
+                    line["style"] + (" (shift)" if line["shift"] else ""),
+                    direction.replace("_", " "),
+                    *recalls,
+                    f"{line[f'{direction}_median_rank']:.0f}",
+                    f"{100 * line[f'{direction}_recall_5_chance']:.1f}",
+                    str(line["pairs"]),
+                ]
+            )
+    return heads, lines
+
+
+def _calibration(found: dict[str, Any]) -> Lines:
+    lines = []
+    for name, value in found["calibration"].items():
+        scaled = value.get("scaled")
+        after = [f"{scaled['temperature']:.3f}", f"{100 * scaled['ece']:.2f}"] if scaled else ["", ""]
+        lines.append([name.replace("_", " "), f"{100 * value['ece']:.2f}", *after])
+    if "shift_ece" in found["test"]:
+        lines.append(["retrieval, other styles", f"{100 * found['test']['shift_ece']:.2f}", "", ""])
+    return ["of", "ECE %", "best temperature (validation)", "ECE % with it"], lines
+
+
+def _classes(found: dict[str, Any]) -> Lines:
+    test, lines = found["test"], []
+    for prefix, name in (("", "training style"), ("shift_", "other styles")):
+        if f"{prefix}zeroshot" in test:
+            shots = [f"{100 * test[f'{prefix}fewshot_{k}']:.1f}" for k in SHOTS]
+            zero = [f"{100 * test[f'{prefix}{key}']:.1f}" for key in ("zeroshot", "zeroshot_ece")]
+            lines.append([name, *zero, *shots])
+    return ["concepts never seen", "zero-shot %", "ECE %", *(f"{k}-shot %" for k in SHOTS)], lines
+
+
+def _arithmetic(found: dict[str, Any]) -> Lines:
+    of = found["arithmetic"]
+    lines = [
+        [name, str(line["queries"]), *(f"{100 * line[key]:.1f}" for key in ANALOGIES)]
+        for name, line in [*of["kinds"].items(), ("all", of)]
+    ]
+    return [f"kind (text difference x {of['scale']:g})", "queries", "R@1 %", "R@5 %", "R@1 % without text"], lines
+
+
+def _geometry(found: dict[str, Any]) -> Lines:
+    return ["measure", "value"], [[key, f"{value:.4f}"] for key, value in found["test"].items()]
+
+
+_TABLES = {
+    "retrieval": _retrieval,
+    "calibration": _calibration,
+    "zeroshot": _classes,
+    "arithmetic": _arithmetic,
+    "geometry": _geometry,
+}

@@ -1,0 +1,458 @@
+"""The image-text task: pictures to their texts, from scratch or from the weights of another run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hardmix.data.numbers import as_floats
+from hardmix.data.prompts import prompts
+from hardmix.data.views import Augment
+from hardmix.distributed import gather_rows, my_part
+from hardmix.losses import SoftCrossEntropyLoss, UnMixLoss
+from hardmix.mixing import MixPlan
+from hardmix.models.pair_build import build_pair_model
+from hardmix.models.pair_model import PARTS as MODEL_PARTS
+from hardmix.models.pair_model import PairModel, PairOutput
+from hardmix.train.cached_gradients import cached_step
+from hardmix.train.components import build_objective, build_pair_objective, build_policy, lipsum_options
+from hardmix.train.files import write_bytes
+from hardmix.train.pair_after import TPGM_BATCH, After, after_tuning
+from hardmix.train.pair_losses import SIGMOID, PairObjective
+from hardmix.train.pair_measures import PairMeasures, class_rows
+from hardmix.train.recipe import Recipe
+from hardmix.train.schedule import Stage
+from hardmix.train.seeds import derive, generator
+from hardmix.train.start import start_weights
+from hardmix.train.state import match_shapes
+from hardmix.train.tasks.pair_data import PairData
+
+#: bias of the logits of SigLIP at the start
+SIGLIP_BIAS = -10.0
+#: words of each of Lipsum-FT's texts
+LIPSUM_WORDS = 8
+
+
+class ImageText:
+    """Data, model and objective of one recipe, and what one step and one evaluation do with them.
+
+    With `tune.start` the model begins with the weights of that run, which are also measured ("before"). With
+    `tune.head` it trains a classifier on the pictures' features, begun as the zero-shot one; the first
+    `tune.probe_epochs` train nothing else.
+    """
+
+    metrics = (
+        *("recall_5", "recall_1", "recall_10", "median_rank", "ece"),
+        *("shift_recall_5", "shift_recall_1", "shift_recall_10", "shift_median_rank", "shift_ece"),
+        *("seen_shift_recall_1", "seen_shift_recall_5"),
+        *("zeroshot", "zeroshot_ece", "shift_zeroshot", "shift_zeroshot_ece"),
+        *("fewshot_1", "fewshot_4", "fewshot_16", "shift_fewshot_1", "shift_fewshot_4", "shift_fewshot_16"),
+        *("arithmetic", "alignment", "uniformity", "gap"),
+    )
+    lower_is_better = ("median_rank", "ece", "shift_median_rank", "shift_ece", "zeroshot_ece", "shift_zeroshot_ece")
+    #: picks the best checkpoint; larger is better
+    score = "recall_5"
+    sign = 1.0
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares the samples of a batch, so that it is not the mean of the losses of its parts."""
+        return not self.recipe.tune.head
+
+    def __init__(self, recipe: Recipe, *, pretrained: bool = True) -> None:
+        """`pretrained=False` leaves out the weights to start from, for those that are loaded afterwards."""
+        self.recipe = recipe
+        tune = recipe.tune
+        self.data = PairData(recipe.data, recipe.seed, tune.classes)
+        self._check_data()
+        head = bool(tune.head)
+        objective: nn.Module
+        if head and recipe.objective.name != "lipsum":
+            objective = build_objective(recipe.objective)
+        else:
+            objective = build_pair_objective(recipe.objective)
+        settings: dict[str, Any] = {"learn_temperature": tune.learn_temperature}
+        if tune.temperature:
+            settings["temperature"] = tune.temperature
+        options = dict(recipe.model.options)
+        if isinstance(objective, SIGMOID):
+            options.setdefault("bias", SIGLIP_BIAS)
+        torch.manual_seed(derive(recipe.seed, "model"))
+        built = build_pair_model(
+            recipe.model.name,
+            options,
+            image_size=int(self.data.pairs.images.shape[-1]),
+            pretrained=pretrained and not tune.start,
+            classes=len(self.data.class_names) if head else 0,
+            **settings,
+        )
+        self.model: PairModel = built.model
+        if recipe.data.augment and not built.pictures:
+            raise ValueError(
+                "data.augment draws views of pictures, but the image tower is frozen and its features are computed "
+                "once; set data.augment=[], or tune the tower."
+            )
+        #: the memory format of the filters
+        self.layout = torch.channels_last if built.pictures else None
+        #: a row of what the image tower takes for each picture of the set
+        self.inputs = built.images(self.data.pairs.images)
+        self.text_inputs = built.texts
+        self.tokens, self.choices = self._training_texts()
+        self.first_weights: dict[str, Tensor] | None = None
+        if tune.start:
+            self._begin(pretrained)
+        elif head:
+            self._zero_shot_head()
+        # What some stage trains is trained as far as optimizer and processes are concerned.
+        self.model.freeze(self._held(len(self.stages()) - 1))
+        self.policy = None if recipe.policy is None else build_policy(recipe.policy, None)
+        self.objective = PairObjective(objective, self.model, self._lipsum())
+        self.augment = Augment(recipe.data.augment)
+        self.shared: Tensor | None = None
+        self.started = False
+        #: rows of the set whose pictures the report shows
+        self.shown = torch.arange(0)
+
+    def _check_data(self) -> None:
+        tune, recipe = self.recipe.tune, self.recipe
+        if (tune.head or tune.texts == "classes") and not self.data.class_names:
+            raise ValueError(
+                f"tune wants classes, but {self.data.pairs.name} has none; leave tune.head and tune.texts as they are."
+            )
+        if len(self.data.rows["validation"]) < 2:
+            wants = 'eval.checkpoint is "best"' if recipe.eval.checkpoint == "best" else ""
+            if tune.after == "tpgm" or (tune.after != "nothing" and tune.amount < 0.0):
+                wants = f"tune.after={tune.after} is fitted"
+            if wants:
+                raise ValueError(f"{wants} but nothing is kept for validation; set data.validation above 0.")
+
+    def _training_texts(self) -> tuple[Tensor, Tensor]:
+        """What the text tower takes for all texts to train on, and per picture of the set which of them are its own:
+        (N, K) rows, the first one again where a picture has fewer than K."""
+        if self.recipe.tune.texts == "classes":
+            assert self.data.labels is not None
+            of_classes = [prompts(name) for name in self.data.class_names]
+            captions = [of_classes[label] for label in self.data.labels.tolist()]
+        else:
+            keep = 1 if self.recipe.data.captions == "first" else None
+            captions = [list(texts[:keep]) for texts in self.data.pairs.captions]
+        known: dict[str, int] = {}
+        rows = [[known.setdefault(text, len(known)) for text in texts] for texts in captions]
+        most = max(map(len, rows))
+        choices = torch.tensor([own + own[:1] * (most - len(own)) for own in rows])
+        self.counts = torch.tensor([len(own) for own in rows])
+        return self.text_inputs(list(known)), choices
+
+    def _begin(self, load: bool) -> None:
+        """The weights of the start; a head and a bias that it lacks stay as they are made here."""
+        weights = start_weights(self.recipe)
+        own = self.model.state_dict()
+        fresh = [name for name in own if name not in weights and name.startswith(("head.", "logit_bias"))]
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.") or name in own}
+        if self.model.logit_bias is None:
+            weights.pop("logit_bias", None)
+        match_shapes("tune.start", self.model, weights | {name: own[name] for name in fresh})
+        self.first_weights = weights
+        if self.recipe.tune.temperature:
+            self.first_weights = weights | {"logit_scale": torch.tensor(-math.log(self.recipe.tune.temperature))}
+        if load:
+            self.model.load_state_dict({**own, **self.first_weights})
+            if self.recipe.tune.head and "head.weight" in fresh:
+                self._zero_shot_head()
+
+    @torch.no_grad()
+    def _zero_shot_head(self) -> None:
+        """The head starts as the prompts of the classes have it."""
+        assert self.model.head is not None
+        self.model.eval()
+        rows = class_rows(lambda texts: self._text_features(self.model, texts, torch.device("cpu")), self._prompts())
+        self.model.head.weight.copy_(rows)
+        self.model.head.bias.zero_()
+
+    def _prompts(self) -> list[list[str]]:
+        return [prompts(name) for name in self.data.class_names]
+
+    def _lipsum(self) -> tuple[nn.Module, float, Tensor] | None:
+        """Cross entropy, weight, and inputs of the text tower without a meaning: words of the set in random order."""
+        if self.recipe.objective.name != "lipsum":
+            return None
+        weight, count = lipsum_options(self.recipe.objective)
+        words = sorted({word for texts in self.data.pairs.captions for word in texts[0].split()})
+        draws = generator(self.recipe.seed, "lipsum")
+        drawn = torch.randint(len(words), (count, LIPSUM_WORDS), generator=draws)
+        texts = [" ".join(words[number] for number in row) for row in drawn.tolist()]
+        return SoftCrossEntropyLoss(), weight, self.text_inputs(texts)
+
+    def _held(self, stage: int) -> tuple[str, ...]:
+        """Parts that a stage holds as they are."""
+        tune = self.recipe.tune
+        if tune.head:
+            probing = stage == 0 and tune.probe_epochs > 0
+            held = MODEL_PARTS if probing else ("text", "text_projection")
+            return tuple(dict.fromkeys((*held, *tune.freeze)))
+        return tuple(tune.freeze)
+
+    def stages(self) -> list[Stage]:
+        train, first = self.recipe.train, self.recipe.tune.probe_epochs
+        samples = len(self.data.rows["train"])
+        epochs = [first, train.epochs - first] if first else [train.epochs]
+        return [Stage(count, samples, train.lr) for count in epochs if count] or [Stage(0, samples, train.lr)]
+
+    def start_epoch(self, stage: int, epoch: int = 0) -> None:
+        """Called before each epoch."""
+        self.model.freeze(self._held(stage))
+        self.objective.set_epoch(epoch)
+
+    def end_epoch(self, model: nn.Module, device: torch.device) -> None:
+        """Called after each epoch; nothing is tracked."""
+
+    def to(self, device: torch.device) -> ImageText:
+        """Move all that a step or an evaluation computes with, and return itself."""
+        self.model.to(device)
+        self.objective.to(device)
+        self.tokens = self.tokens.to(device)
+        return self
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained or tracked besides the model, by the name it has in a checkpoint."""
+        tracked: dict[str, nn.Module] = {"objective": self.objective}
+        return tracked if self.policy is None else tracked | {"policy": self.policy}
+
+    def load(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The raw batch of these training samples, on the CPU: inputs of the image tower, texts, and classes."""
+        rows = self.data.rows["train"][index]
+        labels = torch.zeros(len(rows), dtype=torch.long) if self.data.labels is None else self.data.labels[rows]
+        return self.inputs[rows], self.choices[rows], self.counts[rows], labels
+
+    def names(self, index: Tensor) -> list[str]:
+        """What error messages call these training samples."""
+        return self.data.names(self.data.rows["train"][index])
+
+    def start_step(self, progress: float, shared: torch.Generator | None = None) -> None:
+        """Called before each step with the finished share of the training, and draws that all ranks have alike."""
+        if self.started:
+            self.objective.follow(self.model)
+        self.started = True
+        self.shared = None if shared is None else shared.get_state()
+        if self.policy is not None:
+            self.policy.set_progress(progress)
+
+    def loss(
+        self, model: nn.Module, batch: tuple[Tensor, ...], draws: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one batch on the model's device, and what to log, still on the device."""
+        if self.recipe.tune.head:
+            x = self._views(batch[0], draws)
+            found = model(x, classify=True)
+            loss = self.objective.of_head(found, x, batch[3])
+            accuracy = (found.logits.detach().argmax(1) == batch[3]).float().mean()
+            return loss, {"loss": loss.detach(), "accuracy": accuracy}
+        inputs, plan = self._inputs(batch, draws)
+        loss = self._of_pairs(self._encoder(model)(*inputs), inputs, plan)
+        return loss, {"loss": loss.detach()}
+
+    def loss_in_parts(
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, ...],
+        draws: torch.Generator,
+        parts: int,
+        scaled: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` of the whole batch and its backward pass, of `scaled` loss, with the memory of one of its parts."""
+        inputs, plan = self._inputs(batch, draws)
+        values: list[Tensor] = []
+
+        def whole(*found: Tensor) -> Tensor:
+            values.append(self._of_pairs(found, inputs, plan))
+            return scaled(values[0])
+
+        cached_step(self._encoder(model), inputs, whole, chunk=math.ceil(len(inputs[0]) / parts), model=model)
+        loss = values[0].detach()
+        return loss, {"loss": loss}
+
+    def _views(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        return self._ready(as_floats(self.augment(images, generator=draws) if self.augment.names else images))
+
+    def _inputs(self, batch: tuple[Tensor, ...], draws: torch.Generator) -> tuple[tuple[Tensor, ...], MixPlan | None]:
+        """Pictures, texts and, where a loss has both, mixed pictures; and how a policy has mixed them."""
+        images, choices, counts, _ = batch
+        x = self._views(images, draws)
+        pick = (torch.rand(len(counts), generator=draws).to(counts.device) * counts).long()
+        texts = self.tokens[choices.gather(1, pick[:, None])[:, 0]]
+        if self.policy is None:
+            return (x, texts), None
+        plan = self.policy.plan(x, generator=draws)
+        mixed = self._ready(plan.blend(x))
+        return ((x, texts, mixed) if self._keeps_both else (mixed, texts)), plan
+
+    @property
+    def _keeps_both(self) -> bool:
+        return isinstance(self.objective.objective, UnMixLoss)
+
+    def _encoder(self, model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+        """(pictures, texts, mixed pictures) -> their features and the scale; mixed ones in one pass with the others,
+        since several processes allow for one pass a step."""
+
+        def encode(x: Tensor, texts: Tensor, *mixed: Tensor) -> tuple[Tensor, ...]:
+            found = model(torch.cat([x, *mixed]), texts)
+            return (*found.image.split(len(x)), found.text, found.scale)
+
+        return encode
+
+    def _of_pairs(self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...], plan: MixPlan | None) -> Tensor:
+        images, *mixed, texts, scale = found
+        loss = self.objective.of_pairs(
+            PairOutput(images, texts, scale, None),
+            self.model.logit_bias,
+            shared=self._shared_draws(),
+            inputs=(inputs[0], inputs[1]),
+            plan=plan,
+            mixed=mixed[0] if mixed else None,
+            model=self.model,
+        )
+        return loss * self.objective.share(len(images))
+
+    def _shared_draws(self) -> torch.Generator | None:
+        """The step's draws, from their start: all parts of a step have the same."""
+        if self.shared is None:
+            return None
+        draws = torch.Generator()
+        draws.set_state(self.shared)
+        return draws
+
+    def _ready(self, x: Tensor) -> Tensor:
+        if self.layout is not None and self.recipe.train.channels_last:
+            return x.contiguous(memory_format=self.layout)
+        return x
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Recalls on the validation split; empty without one."""
+        return self.measures(_pair_model(model), device).validate()
+
+    def measures(self, model: PairModel, device: torch.device, shift: float = 0.0) -> PairMeasures:
+        """Of a model with these weights."""
+
+        def texts(of: list[str]) -> Tensor:
+            return self._text_features(model, of, device)
+
+        rows: Tensor | None = None
+        if self.data.class_names and model.head is not None:
+            rows = model.head.weight.detach().float().cpu()
+        elif self.data.class_names:
+            rows = class_rows(texts, self._prompts())
+        return PairMeasures(
+            self.data,
+            lambda chosen: self._image_features(model, chosen, device),
+            texts,
+            scale=float(model.scale.detach()),
+            class_rows=rows,
+            shift=shift,
+        )
+
+    @torch.no_grad()
+    def _image_features(self, model: PairModel, rows: Tensor, device: torch.device) -> Tensor:
+        """(n, D) on the CPU; each rank computes its part."""
+        parts = [torch.empty(0, model.features)]
+        for piece in my_part(rows).split(self.recipe.eval.batch_size):
+            found = model(self._ready(as_floats(self.inputs[piece].to(device))))
+            parts.append(found.image.float().cpu())
+        return gather_rows(torch.cat(parts))
+
+    @torch.no_grad()
+    def _text_features(self, model: PairModel, texts: list[str], device: torch.device) -> Tensor:
+        """(n, D) on the CPU."""
+        tokens = self.text_inputs(texts)
+        pieces = tokens.split(self.recipe.eval.batch_size)
+        return torch.cat([model(texts=piece.to(device)).text.float().cpu() for piece in pieces])
+
+    def test(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """All that summary.json says about the test split: of the tuned model, and of the one it began as."""
+        after = self.after(_pair_model(model), device)
+        result = self.measures(after.model, device, after.shift).test()
+        if after.chosen:
+            result["chosen"] = after.chosen
+        shown = [self.measures(after.model, device, after.shift).examples()]
+        if (before := self._before(_pair_model(model))) is not None:
+            measures = self.measures(before, device)
+            found = measures.test()
+            result |= {"before": found["test"], "sphere_before": found["sphere"]}
+            shown.append(measures.examples())
+        result["examples"] = self._examples(shown)
+        return result
+
+    def _examples(self, shown: list[tuple[list[str], Tensor, Tensor]]) -> dict[str, Any]:
+        """Texts with their own picture and those that they find, as places among the pictures of the gallery."""
+        rows = [shown[0][1], *(found.flatten() for _, _, found in shown)]
+        self.shown, place = torch.cat(rows).unique(return_inverse=True)
+        right, *found = place.split([len(part) for part in rows])
+        columns = shown[0][2].shape[1]
+        named = zip(("after", "before"), found, strict=False)
+        return {"texts": shown[0][0], "right": right.tolist()} | {
+            name: part.view(-1, columns).tolist() for name, part in named
+        }
+
+    def after(self, model: PairModel, device: torch.device) -> After:
+        """The model to measure, once `tune.after` has been applied."""
+        held = self.data.rows["validation"]
+        order = torch.randperm(len(held), generator=generator(self.recipe.seed, "tpgm"))
+        pairs = []
+        for rows in held[order].split(TPGM_BATCH):
+            texts = self.tokens[self.choices[rows, 0].to(device)]
+            pairs.append((self._ready(as_floats(self.inputs[rows].to(device))), texts))
+
+        def score(candidate: PairModel, shift: float) -> float:
+            return self.measures(candidate, device, shift).validate()[self.score]
+
+        return after_tuning(self.recipe, model, self.first_weights, score, pairs)
+
+    def _before(self, model: PairModel) -> PairModel | None:
+        """The model as it began; None from scratch."""
+        if self.first_weights is None:
+            return None
+        before = copy.deepcopy(model)
+        before.head = None
+        before.load_state_dict({**before.state_dict(), **self.first_weights})
+        return before.eval()
+
+    def describe(self) -> dict[str, Any]:
+        """The part of summary.json that is known before training."""
+        recipe, pairs = self.recipe, self.data.pairs
+        assert pairs.split is not None
+        shifted = [len(self.data.style_rows("test", style)) for style in self.data.shifted]
+        return {
+            "data": {
+                "name": pairs.name,
+                "kind": "pairs",
+                **{split: len(rows) for split, rows in self.data.rows.items()},
+                "shift": sum(shifted),
+                "styles": list(pairs.style_names),
+                "trained_styles": list(self.data.trained),
+                "concepts": len(pairs.concept.unique()),
+                "source": pairs.source,
+                "license": pairs.license,
+            },
+            "model": {"name": recipe.model.name, "parameters": sum(p.numel() for p in self.model.parameters())},
+            "policy": recipe.policy.name if recipe.policy else "none",
+            "objective": recipe.objective.name if recipe.train.epochs else "none",
+            "start": recipe.tune.start,
+        }
+
+    def write_gallery(self, model: nn.Module, device: torch.device, path: Path) -> None:
+        """The pictures of the examples that `test` has told of."""
+        from safetensors.torch import save
+
+        write_bytes(path, save({"pictures": self.data.pairs.images[self.shown].contiguous()}))
+
+
+def _pair_model(model: nn.Module) -> PairModel:
+    """The model inside an average of its weights."""
+    inside = getattr(model, "module", model)
+    assert isinstance(inside, PairModel)
+    return inside

@@ -1,0 +1,100 @@
+"""The pictures and texts of an image-text run: read, split, and sorted by style and class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hardmix.data.numbers import TRAIN, VALIDATION
+from hardmix.data.pair_sets import PairOptions, load_pairs
+from hardmix.data.pairs import SPLIT_NAMES, Pairs, draw_split
+from hardmix.train.sections import DataSection
+from hardmix.train.seeds import generator
+
+
+class PairData:
+    """A set of pairs as one recipe sees it.
+
+    Attributes:
+        pairs: the set.
+        trained: styles to train on; the other ones, `shifted`, are the distribution shift. Both () without styles.
+        rows: "train", "validation" and "test" -> (n,) long, ascending, of the trained styles.
+        class_names: classes of the pictures; () where the set has none.
+        labels: (N,) long class of each picture, if there are classes.
+    """
+
+    def __init__(self, section: DataSection, seed: int, classes: str = "group") -> None:
+        options = PairOptions(
+            domain=section.domain,
+            styles=section.styles,
+            samples=section.samples,
+            size=section.image_size,
+            labels=section.labels,
+            inputs=section.inputs,
+            target=section.target,
+            on_error=section.on_error,
+        )
+        pairs, self.trained = load_pairs(section.name, section.path or None, options)
+        self.pairs: Pairs = pairs._replace(split=_splits(pairs, section))
+        self.shifted = tuple(name for name in pairs.style_names if name not in self.trained)
+        self.rows = {split: self._rows(split, self.trained) for split in SPLIT_NAMES}
+        if section.train_samples:
+            train = self.rows["train"]
+            chosen = torch.randperm(len(train), generator=generator(seed, "subset"))[: section.train_samples]
+            self.rows["train"] = train[chosen.sort().values]
+        for split, least in (("train", 2), ("test", 2)):
+            if len(self.rows[split]) < least:
+                raise ValueError(
+                    f"data: {pairs.name} is left with {len(self.rows[split])} pictures for {split}; take more of them, "
+                    "or another share."
+                )
+        self.class_names, self.labels = _classes(pairs, classes)
+
+    def style_rows(self, split: str, style: str) -> Tensor:
+        """Rows of one split in one style, ascending; "" for a set without styles."""
+        return self._rows(split, (style,) if style else ())
+
+    def _rows(self, split: str, styles: tuple[str, ...]) -> Tensor:
+        assert self.pairs.split is not None
+        keep = self.pairs.split == SPLIT_NAMES[split]
+        if styles and self.pairs.style is not None:
+            numbers = torch.tensor([self.pairs.style_names.index(name) for name in styles])
+            keep = keep & torch.isin(self.pairs.style, numbers)
+        return keep.nonzero()[:, 0]
+
+    def texts(self, concepts: Tensor) -> list[str]:
+        """The first text of each of these concepts."""
+        first: dict[int, str] = {}
+        for number, captions in zip(self.pairs.concept.tolist(), self.pairs.captions, strict=True):
+            first.setdefault(number, captions[0])
+        return [first[number] for number in concepts.tolist()]
+
+    def names(self, rows: Tensor) -> list[str]:
+        """What error messages call these rows of the set."""
+        return [self.pairs.ids[row] for row in rows.tolist()]
+
+
+def _splits(pairs: Pairs, section: DataSection) -> Tensor:
+    """(N,) uint8; those of the set, or drawn; a set that only says what is for testing gets validation drawn.
+
+    Alike for all seeds: a run that starts from another one must not be tested on what that was trained on.
+    """
+    if pairs.split is None:
+        return draw_split(pairs.concept, test=section.test, validation=section.validation)
+    split = pairs.split.clone()
+    if not bool((split == VALIDATION).any()) and section.validation:
+        train = split == TRAIN
+        concepts = pairs.concept[train].unique()
+        order = torch.randperm(len(concepts), generator=generator(0, "validation"))
+        held = concepts[order[: round(section.validation * len(concepts))]]
+        split[train & torch.isin(pairs.concept, held)] = VALIDATION
+    return split
+
+
+def _classes(pairs: Pairs, kind: str) -> tuple[tuple[str, ...], Tensor | None]:
+    """Names of the classes that occur, and each picture's."""
+    labels, names = (pairs.group, pairs.group_names) if kind == "group" else (pairs.subgroup, pairs.subgroup_names)
+    if labels is None:
+        return (), None
+    present, place = labels.unique(return_inverse=True)
+    return tuple(names[number] for number in present.tolist()), place

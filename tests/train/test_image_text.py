@@ -1,0 +1,456 @@
+"""The image-text task: from scratch, from the weights of another run, every objective, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from hardmix import tables
+from hardmix.train.compare import compare
+from hardmix.train.errors import CheckpointError, RecipeError, RunError
+from hardmix.train.evaluate import evaluate_run, load_run
+from hardmix.train.loop import _shares, run_recipe
+from hardmix.train.pair_checks import OF_MIXTURES
+from hardmix.train.pair_eval import pair_lines
+from hardmix.train.recipe import Recipe, check_recipe, load_recipe
+from hardmix.train.start import start_folder
+from hardmix.train.tasks.image_text import ImageText
+
+from .conftest import fingerprint
+from .test_loop import interrupted
+
+MODEL = {
+    "name": "two-tower",
+    "options": {
+        "features": 16,
+        "image": {"name": "small-cnn", "width": 4},
+        "text": {"name": "subwords", "buckets": 512, "width": 16, "dropout": 0.0},
+    },
+}
+TRAIN = {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 3e-3, "warmup_epochs": 0.5, "threads": 1}
+PAIRS: dict[str, Any] = {
+    "name": "pairs",
+    "task": "image-text",
+    "data": {"name": "captions", "validation": 0.2, "test": 0.3},
+    "model": MODEL,
+    "objective": {"name": "clip"},
+    "train": TRAIN | {"device": "cpu", "log_every": 1},
+}
+EMOJI = {"data": {"name": "emoji", "domain": "noto", "path": None, "labels": None, "train_samples": 96}}
+THINGS = [f"{colour} {shape}" for colour in ("red", "green", "blue", "grey") for shape in
+          ("square", "circle", "bar", "cross", "frame", "dot", "ring", "wedge", "arrow", "star")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Path:
+    """40 small pictures, two captions each, in a folder with a table."""
+    folder = tmp_path_factory.mktemp("drawings")
+    draws = torch.Generator().manual_seed(0)
+    with open(folder / "captions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption"])
+        for number, thing in enumerate(THINGS):
+            pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=draws)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+            rows.writerows([[f"{number}.png", thing], [f"{number}.png", f"a drawing of a {thing}"]])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HARDMIX_CACHE", str(tmp_path / "cache"))
+
+
+def pairs(folder: Path | None = None, **sections: Any) -> Recipe:
+    table = {key: dict(value) if isinstance(value, dict) else value for key, value in PAIRS.items()}
+    if folder is not None:
+        table["data"] |= {"path": str(folder), "labels": "captions.csv"}
+    for key, value in sections.items():
+        whole = not isinstance(value, dict) or (key in ("objective", "model", "policy"))
+        table[key] = value if whole else table.get(key, {}) | value
+    table["data"] = {key: value for key, value in table["data"].items() if value is not None}
+    return check_recipe({key: value for key, value in table.items() if value is not None}, "pairs")
+
+
+@pytest.fixture(scope="module")
+def scratch(drawings, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scratch") / "run"
+    run_recipe(pairs(drawings), folder)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_run(folder).model.state_dict()
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    """The parts of the model that differ."""
+    return {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
+
+
+def test_a_run_on_own_pictures_measures_what_never_seen_texts_find(scratch) -> None:
+    summary = read(scratch)
+    assert (summary["data"]["train"], summary["data"]["validation"], summary["data"]["test"]) == (20, 8, 12)
+    assert summary["data"]["kind"] == "pairs"
+    assert "before" not in summary
+    test = summary["test"]
+    assert {"recall_1", "recall_5", "recall_10", "median_rank", "ece", "alignment", "uniformity", "gap"} == set(test)
+    (line,) = summary["retrieval"]
+    assert (line["part"], line["shift"], line["pairs"]) == ("unseen", False, 12)
+    both = [line[f"{side}_recall_5"] for side in ("image_to_text", "text_to_image")]
+    assert test["recall_5"] == pytest.approx(sum(both) / 2)
+    assert len(summary["sphere"]["image"]) == len(summary["sphere"]["text"]) == 12
+    assert len(summary["examples"]["texts"]) == 6
+    found = evaluate_run(scratch)["test"]
+    assert found == pytest.approx(test)
+    page = (scratch / "report.html").read_text()
+    assert "blue" in page or "red" in page
+
+
+def test_training_finds_the_pictures_of_texts_that_it_was_trained_on(drawings, tmp_path) -> None:
+    run_recipe(pairs(drawings, train={"epochs": 60, "lr": 0.01}), tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    measures = run.task.measures(run.model, run.device)
+    from hardmix.metrics.retrieval import retrieval_metrics
+
+    seen = measures.encode(run.task.data.rows["train"])
+    found = retrieval_metrics(seen.images, seen.texts, image_ids=seen.image_ids, text_ids=seen.text_ids)
+    assert found["text_to_image_recall_1"] > 0.8
+    assert found["text_to_image_recall_1_chance"] < 0.06
+
+
+def test_the_same_recipe_twice_and_a_stopped_one_are_byte_equal(drawings, scratch, tmp_path, monkeypatch) -> None:
+    again, stopped = tmp_path / "again", tmp_path / "stopped"
+    run_recipe(pairs(drawings), again)
+    assert fingerprint(again) == fingerprint(scratch)
+    assert interrupted(pairs(drawings), stopped, 2, monkeypatch) == 2
+    run_recipe(pairs(drawings), stopped, resume=True)
+    assert fingerprint(stopped) == fingerprint(scratch)
+    assert read(stopped)["test"] == read(scratch)["test"]
+
+
+def test_a_start_is_trained_once_kept_and_measured_again(drawings, scratch, tmp_path) -> None:
+    (tmp_path / "first.toml").write_text(pairs(drawings, name="first").to_toml())
+    tuned = pairs(drawings, name="tuned", model=None, tune={"start": str(tmp_path / "first.toml")})
+    assert tuned.model.options["features"] == 16, "the model is that of the start unless a recipe says another"
+    run_recipe(tuned, tmp_path / "tuned")
+    folder = start_folder(tuned)
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path / "cache")
+    written = (folder / "summary.json").stat().st_mtime_ns
+    none = pairs(drawings, name="none", tune={"start": str(tmp_path / "first.toml")},
+                 train={"epochs": 0, "warmup_epochs": 0.0})  # fmt: skip
+    run_recipe(none, tmp_path / "none")
+    assert (folder / "summary.json").stat().st_mtime_ns == written
+    before, start = read(tmp_path / "tuned")["before"], read(folder)["test"]
+    assert before == start == read(tmp_path / "none")["test"]
+    assert read(tmp_path / "tuned")["test"] != before
+    assert not differ(weights(folder), weights(tmp_path / "none"))
+    # The folder of a run is a start, too.
+    run_recipe(pairs(drawings, tune={"start": str(scratch)}), tmp_path / "of a run")
+    assert read(tmp_path / "of a run")["before"] == read(scratch)["test"]
+
+
+def test_several_runs_start_from_one_that_is_trained_before_them(drawings, tmp_path) -> None:
+    (tmp_path / "first.toml").write_text(pairs(drawings, name="first").to_toml())
+    tune = {"tune": {"start": str(tmp_path / "first.toml")}}
+    recipes = [pairs(drawings, name="clip", **tune), pairs(drawings, name="m2", objective={"name": "m2-mix"}, **tune)]
+    result = compare(recipes, [0, 1], tmp_path / "out", workers=2)
+    assert result["metrics"][0] == "recall_5"
+    assert "zeroshot" not in result["metrics"], "the set has no classes"
+    # A set without splits of its own gets the same ones for all seeds, so a start has never seen what is tested.
+    befores = [read(tmp_path / "out" / run["folder"])["before"] for run in result["runs"]]
+    assert all(before == befores[0] for before in befores)
+
+
+@pytest.mark.parametrize("name", [name for name in tables.PAIR_OBJECTIVES if name != "lipsum"])
+def test_every_objective_trains_both_towers(name, drawings) -> None:
+    mixes = tables.PAIR_OBJECTIVES[name] in OF_MIXTURES
+    policy = {"name": "mixup", "alpha": 1.0}
+    if name == "un-mix":
+        policy |= {"per": "batch", "pairing": "reversal"}
+    task = ImageText(pairs(drawings, objective={"name": name}, policy=policy if mixes else None))
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.5)
+    task.model.train()
+    for step in range(3):
+        task.start_epoch(0, step)
+        task.start_step(step / 3, torch.Generator().manual_seed(step))
+        loss, values = task.loss(task.model, task.load(torch.arange(8)), torch.Generator().manual_seed(step))
+        assert torch.isfinite(loss)
+        assert set(values) == {"loss"}
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = differ(before, task.model.state_dict())
+    assert {"image", "text", "image_projection", "text_projection"} <= changed
+
+
+def test_a_weight_of_the_mixtures_near_zero_is_plain_clip(drawings) -> None:
+    values = []
+    for objective in ({"name": "clip"}, {"name": "m2-mix", "weight": 1e-12}):
+        task = ImageText(pairs(drawings, objective=objective))
+        task.start_step(0.0, torch.Generator().manual_seed(0))
+        values.append(task.loss(task.model, task.load(torch.arange(8)), torch.Generator().manual_seed(0))[0].item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "m2-mix", "m3-mix", "un-mix"])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, drawings) -> None:
+    """Not the mean of the parts' losses: those have fewer negatives."""
+    policy = {"name": "mixup", "per": "batch", "pairing": "reversal"} if name == "un-mix" else None
+    model = MODEL | {"options": MODEL["options"] | {"image": {"name": "tiny-vit", "dim": 8, "depth": 3, "heads": 2}}}
+    task = ImageText(pairs(drawings, model=model, objective={"name": name}, policy=policy))
+    task.model.train()
+    task.start_step(0.0, torch.Generator().manual_seed(0))
+    batch = task.load(torch.arange(8))
+    loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    whole = {key: p.grad.clone() for key, p in task.model.named_parameters()}
+    task.model.zero_grad()
+    value, _ = task.loss_in_parts(task.model, batch, torch.Generator().manual_seed(0), 3, lambda loss: loss)
+    assert value.item() == pytest.approx(loss.item(), rel=1e-6)
+    for key, p in task.model.named_parameters():
+        assert torch.allclose(p.grad, whole[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_accumulation_is_of_the_whole_batch(drawings, tmp_path) -> None:
+    model = MODEL | {"options": MODEL["options"] | {"image": {"name": "tiny-vit", "dim": 8, "depth": 3, "heads": 2}}}
+    recipe = {"model": model, "train": {"optimizer": "sgd", "lr": 0.05}}
+    run_recipe(pairs(drawings, **recipe), tmp_path / "one")
+    recipe["train"] |= {"accumulate": 4}
+    run_recipe(pairs(drawings, **recipe), tmp_path / "four")
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for key in one:
+        assert torch.allclose(one[key], four[key], atol=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("emoji") / "run"
+    run_recipe(pairs(**EMOJI), folder)
+    return folder
+
+
+def test_emoji_are_measured_under_shift_by_class_and_by_arithmetic(emoji) -> None:
+    summary = read(emoji)
+    assert summary["data"] | {"source": "", "license": ""} == {
+        "name": "emoji", "kind": "pairs", "train": 96, "validation": 177, "test": 385, "shift": 385,
+        "styles": ["noto", "twemoji"], "trained_styles": ["noto"], "concepts": 1610, "source": "", "license": "",
+    }  # fmt: skip
+    assert set(ImageText.metrics) <= set(summary["test"]), "all there is to compare"
+    parts = [(line["part"], line["style"], line["shift"]) for line in summary["retrieval"]]
+    assert parts == [("unseen", "noto", False), ("unseen", "twemoji", True), ("seen", "twemoji", True)]
+    assert summary["retrieval"][2]["pairs"] <= 96
+    assert set(summary["calibration"]) == {"image_to_text", "text_to_image", "zeroshot"}
+    scaled = summary["calibration"]["image_to_text"]
+    assert scaled["scaled"]["ece"] < scaled["ece"]
+    kinds = summary["arithmetic"]["kinds"]
+    assert summary["test"]["arithmetic"] == pytest.approx(sum(k["recall_1"] for k in kinds.values()) / len(kinds))
+
+
+@pytest.mark.parametrize("task", ["retrieval", "calibration", "zeroshot", "arithmetic", "geometry"])
+def test_each_measure_can_be_had_alone(task, emoji) -> None:
+    heads, lines = pair_lines(emoji, task=task)
+    assert lines
+    assert all(len(line) == len(heads) for line in lines)
+    test = read(emoji)["test"]
+    shown = " ".join(" ".join(line) for line in lines)
+    sample = {"retrieval": None, "calibration": None, "zeroshot": "zeroshot", "arithmetic": None, "geometry": "gap"}[
+        task
+    ]
+    if sample == "zeroshot":
+        assert f"{100 * test['zeroshot']:.1f}" in shown
+    elif sample == "gap":
+        assert f"{test['gap']:.4f}" in shown
+
+
+def test_what_a_set_lacks_is_said(scratch, emoji) -> None:
+    with pytest.raises(ValueError, match="captions has nothing for --task arithmetic; take another one"):
+        pair_lines(scratch, task="arithmetic")
+    with pytest.raises(ValueError, match='did you mean "retrieval"'):
+        pair_lines(scratch, task="retrievel")
+
+
+HEAD = {"tune": {"head": True}, "objective": {"name": "soft-cross-entropy"}}
+
+
+def steps(recipe: Recipe, epochs: tuple[int, ...] = (0,), pretrained: bool = True) -> tuple[ImageText, dict, dict]:
+    """A task after one step in each of these stages, its weights before and after."""
+    task = ImageText(recipe, pretrained=pretrained)
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.5)
+    for stage in epochs:
+        task.start_epoch(stage, stage)
+        task.model.train()
+        task.start_step(0.0, torch.Generator().manual_seed(0))
+        loss, _ = task.loss(task.model, task.load(torch.arange(16)), torch.Generator().manual_seed(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return task, before, task.model.state_dict()
+
+
+def test_a_head_starts_as_zero_shot_and_a_probe_trains_nothing_else() -> None:
+    probe = pairs(**EMOJI, **(HEAD | {"tune": {"head": True, "probe_epochs": 2}}))
+    task, before, after = steps(probe)
+    assert torch.allclose(before["head.weight"].norm(dim=1), torch.ones(8))
+    assert not before["head.bias"].any()
+    assert differ(before, after) == {"head", "logit_scale"}
+    assert [stage.epochs for stage in task.stages()] == [2]
+    both = pairs(**EMOJI, **(HEAD | {"tune": {"head": True, "probe_epochs": 1}}))
+    task, before, after = steps(both, (0, 1))
+    assert [stage.epochs for stage in task.stages()] == [1, 1]
+    assert {"image", "image_projection", "head"} <= differ(before, after)
+    assert not {"text", "text_projection"} & differ(before, after)
+
+
+def test_prompts_of_the_classes_are_texts_to_train_on() -> None:
+    task = ImageText(pairs(**EMOJI, tune={"texts": "classes"}))
+    assert len(task.tokens) == 8 * 5
+    labels = task.load(torch.arange(10))[3]
+    chosen = task.load(torch.arange(10))[1]
+    assert torch.equal(chosen // 5, labels[:, None].expand(-1, 5)), "five prompts for each class, in order"
+
+
+def test_lipsum_holds_what_meaningless_texts_see_in_a_picture(emoji) -> None:
+    tune = {"head": True, "start": str(emoji)}
+    values = {}
+    for weight in (1e-9, 10.0):
+        recipe = pairs(**EMOJI, tune=tune, objective={"name": "lipsum", "weight": weight, "texts": 12})
+        task, before, after = steps(recipe)
+        assert not {"text", "text_projection"} & differ(before, after)
+        task.model.eval()
+        x = task.inputs[task.data.rows["train"][:16]].float() / 255
+        texts = task.objective.lipsum[2]
+        assert len(texts) == 12
+        now, then = task.model(x, texts), task.objective.reference[0](x, texts)
+        values[weight] = (now.image - then.image).norm().item()
+    assert 0 < values[10.0] != values[1e-9]
+
+
+def test_weights_between_start_and_end(drawings, scratch, tmp_path) -> None:
+    (tmp_path / "tuned").mkdir()
+    start = {"start": str(scratch)}
+    for name, tune in {
+        "plain": {},
+        "zero": {"after": "wise-ft", "amount": 0.0},
+        "one": {"after": "wise-ft", "amount": 1.0},
+        "chosen": {"after": "wise-ft"},
+        "tpgm": {"after": "tpgm"},
+        "unmoved": {"after": "embedding-shift", "amount": 0.0},
+        "moved": {"after": "embedding-shift", "amount": 0.5},
+    }.items():
+        run_recipe(pairs(drawings, tune=start | tune), tmp_path / name)
+    found = {path.name: read(path) for path in tmp_path.iterdir() if (path / "summary.json").is_file()}
+    plain, before = found["plain"]["test"], found["plain"]["before"]
+    assert plain != before
+    assert found["one"]["test"] == found["unmoved"]["test"] == plain
+    assert found["zero"]["test"] == pytest.approx(before)
+    assert 0.0 <= found["chosen"]["chosen"]["alpha"] <= 1.0
+    assert found["moved"]["test"]["gap"] < plain["gap"]
+    assert found["tpgm"]["chosen"]["radii"] > 0.0
+    assert evaluate_run(tmp_path / "tpgm")["test"] == pytest.approx(found["tpgm"]["test"])
+
+
+def test_parts_are_held_and_lower_layers_learn_slower(drawings) -> None:
+    _, before, after = steps(pairs(drawings, tune={"freeze": ["text", "text_projection"]}))
+    assert differ(before, after) == {"image", "image_projection", "logit_scale"}
+    _, before, after = steps(pairs(drawings, tune={"learn_temperature": False, "temperature": 0.01}))
+    assert before["logit_scale"].exp().item() == pytest.approx(100.0)
+    assert "logit_scale" not in differ(before, after)
+    task = ImageText(pairs(drawings, tune={"layer_decay": 0.5}))
+    shares = {id(p): share for share, group in _shares(task.model, 0.5).items() for p in group}
+    assert len(shares) == len(list(task.model.parameters()))
+    assert shares[id(task.model.image_projection[1].weight)] == 1.0
+    stages = [shares[id(p)] for name, p in task.model.image.named_parameters() if name.endswith("weight")]
+    assert stages == sorted(stages)
+    assert stages[0] < stages[-1] == 0.5
+
+
+def test_features_of_frozen_towers_are_what_is_trained_on(drawings, tmp_path) -> None:
+    from hardmix.models.build import build_model
+
+    frozen = {"name": "small-cnn", "width": 4, "frozen": True, "checkpoint": str(tmp_path / "tower.pt")}
+    tower = build_model("small-cnn", num_classes=0, in_channels=3, image_size=16, width=4)
+    torch.save(tower.state_dict(), frozen["checkpoint"])
+    model = MODEL | {"options": MODEL["options"] | {"image": frozen}}
+    task = ImageText(pairs(drawings, model=model))
+    assert task.inputs.shape == (40, task.model.image_projection[1].in_features)
+    assert not list(task.model.image.parameters())
+    run_recipe(pairs(drawings, model=model), tmp_path / "run")
+    assert read(tmp_path / "run")["test"]["recall_10"] > 0
+    with pytest.raises(ValueError, match="the image tower is frozen"):
+        ImageText(pairs(drawings, model=model, data={"augment": ["crop"]}))
+
+
+REFUSED = {
+    "a set of another task": ({"data": {"name": "diabetes"}}, 'task is "image-text" but data.name is "diabetes"'),
+    "a model of another": ({"model": {"name": "small-cnn"}}, "which takes images, but"),
+    "an objective of another": ({"objective": {"name": "decoupled-mixup"}}, 'is not one of task "image-text"'),
+    "an unknown one": ({"objective": {"name": "m2mix"}}, '"m2mix" is not a objective.*did you mean "m2-mix"'),
+    "a tower": ({"model": {"name": "two-tower", "options": {"image": {"name": "resnet19"}}}}, "did you mean"),
+    "an option": ({"model": {"name": "two-tower", "options": {"text": {"bucket": 3}}}}, 'did you mean "buckets"'),
+    "mixtures without a policy": ({"objective": {"name": "i-mix"}}, "add a policy such as mixup"),
+    "a policy without mixtures": ({"policy": {"name": "mixup"}}, "it goes with i-mix, un-mix"),
+    "a head without a class": ({"tune": {"head": True}}, "tune.head trains a classifier"),
+    "a probe without a head": ({"tune": {"probe_epochs": 1}}, "set tune.head=true"),
+    "no start": ({"tune": {"after": "wise-ft"}}, "tune.start names none"),
+    "no training": ({"train": {"epochs": 0, "warmup_epochs": 0.0}}, "tune.start; name one, or train"),
+    "a part": ({"tune": {"freeze": ["images"]}}, 'did you mean "image"'),
+    "a contrast": ({"contrast": {"epochs": 1, "objective": {"name": "supcon"}}}, "sections of regression recipes"),
+    "a setting of processes": ({"objective": {"name": "clip", "gather": False}}, 'unknown option of objective "clip"'),
+}
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_together_is_refused(sections, message, drawings) -> None:
+    with pytest.raises((RecipeError, ValueError), match=message):
+        ImageText(pairs(drawings, **sections))
+
+
+def test_tune_is_no_section_of_other_tasks() -> None:
+    with pytest.raises(RecipeError, match="tune is a section of image-text recipes"):
+        check_recipe({"name": "x", "tune": {"layer_decay": 0.5}}, "x")
+
+
+def test_starts_that_are_none(drawings, scratch, tmp_path) -> None:
+    with pytest.raises(RecipeError, match="neither shipped nor a file"):
+        run_recipe(pairs(drawings, tune={"start": "nowhere"}), tmp_path / "a")
+    other = MODEL | {"options": MODEL["options"] | {"features": 8}}
+    with pytest.raises(CheckpointError, match=r"tune.start: image_projection.1.weight has shape \(16, .* but \(8, "):
+        run_recipe(pairs(drawings, model=other, tune={"start": str(scratch)}), tmp_path / "b")
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "recipe.toml").write_text(pairs(drawings).to_toml())
+    with pytest.raises(RunError, match="a run that has not finished"):
+        run_recipe(pairs(drawings, tune={"start": str(half)}), tmp_path / "c")
+
+
+def test_own_sets_want_their_path_and_table(drawings) -> None:
+    with pytest.raises(ValueError, match=r"name them \(--set data.path=FOLDER --set data.labels=TABLE\)"):
+        ImageText(pairs())
+    with pytest.raises(ValueError, match="labels is empty; name the table"):
+        ImageText(pairs(data={"path": str(drawings)}))
+    with pytest.raises(ValueError, match="tune wants classes, but captions has none"):
+        ImageText(pairs(drawings, tune={"texts": "classes"}))
+    with pytest.raises(ValueError, match="emoji comes with hardmix; leave path out"):
+        ImageText(pairs(drawings, data={"name": "emoji", "labels": None}))
+    with pytest.raises(ValueError, match='did you mean "noto"'):
+        ImageText(pairs(data={"name": "emoji", "domain": "notto"}))
+
+
+def test_a_recipe_reads_back_as_it_was_written(tmp_path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(pairs(**EMOJI, tune={"freeze": ["text"]}).to_toml())
+    assert load_recipe(str(path)) == pairs(**EMOJI, tune={"freeze": ["text"]})
