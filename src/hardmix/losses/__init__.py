@@ -2,6 +2,7 @@
 
 from hardmix.losses.adaptive_supcon import AdaSupConLoss, adaptive_supcon_loss
 from hardmix.losses.balanced_mse import BalancedMSELoss, LabelMixture, bmc_loss, gai_loss, label_mixture
+from hardmix.losses.caption import CaptionLoss, CoCaLoss, caption_loss
 from hardmix.losses.carot import CaRotLoss, projection_penalty, self_distillation_loss
 from hardmix.losses.clip import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 from hardmix.losses.conr import ConRLoss, conr_loss
@@ -34,7 +35,9 @@ __all__ = [
     "AdaSupConLoss",
     "BalancedMSELoss",
     "CaRotLoss",
+    "CaptionLoss",
     "ClipLoss",
+    "CoCaLoss",
     "ConRLoss",
     "CyClipLoss",
     "DecoupledMixupBCELoss",
@@ -61,6 +64,7 @@ __all__ = [
     "UnMixLoss",
     "adaptive_supcon_loss",
     "bmc_loss",
+    "caption_loss",
     "clip_loss",
     "conr_loss",
     "cyclip_loss",

@@ -3,6 +3,7 @@
 from hardmix.metrics.alignment import alignment_metrics, embedding_shift, modality_gap, relative_alignment, uniformity
 from hardmix.metrics.arithmetic import arithmetic_metrics, arithmetic_queries, choose_scale
 from hardmix.metrics.calibration import adaptive_calibration_error, calibration_metrics, fit_temperature
+from hardmix.metrics.captions import caption_metrics, cider_scores
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
 from hardmix.metrics.corruptions import corrupt
 from hardmix.metrics.label_errors import ShotBins, error_by_label, principal_components, shot_bins, shot_errors
@@ -27,7 +28,9 @@ __all__ = [
     "arithmetic_metrics",
     "arithmetic_queries",
     "calibration_metrics",
+    "caption_metrics",
     "choose_scale",
+    "cider_scores",
     "class_features",
     "classification_metrics",
     "corrupt",
