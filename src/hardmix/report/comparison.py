@@ -119,6 +119,11 @@ class Comparison:
     def rows(self) -> list[Row]:
         return [row for method in self.methods for row in method.rows]
 
+    def state(self, versus: Versus, key: str) -> str:
+        """The verdict on one metric; 'different' where neither more nor less of it is better."""
+        verdict = versus.verdict(key in self.lower)
+        return "different" if metric(key).neutral and verdict in ("better", "worse") else verdict
+
 
 def read_comparison(folder: Path) -> Comparison:
     """Read `folder`/comparison.json and the run folders it names.
@@ -156,7 +161,7 @@ def read_comparison(folder: Path) -> Comparison:
         methods=methods,
         lower=frozenset(lower),
         versions=stored["versions"] if isinstance(stored.get("versions"), dict) else {},
-        best={key: _best(methods, key, key in lower) for key in metrics},
+        best={key: None if metric(key).neutral else _best(methods, key, key in lower) for key in metrics},
         twins=_twins(_objects(stored.get("twins")), metrics),
         notes=notes,
     )

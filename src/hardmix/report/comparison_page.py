@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from hardmix.report import plots
+from hardmix.report import pair_plots, plots
 from hardmix.report.comparison import Comparison, Method, Row, Twin, Versus
 from hardmix.report.plots import Level, Line, Plot
 from hardmix.report.robustness_plots import section
 from hardmix.report.run_page import class_names, is_mixed, step_time, versions
 from hardmix.report.samples import guesses, same_mixes, samples
 from hardmix.report.text import (
+    PAIR_GROUPS,
     count,
     dig,
     duration,
     metric,
     number,
     p_value,
+    pair_group,
     plain,
     show,
     show_difference,
@@ -31,14 +34,18 @@ from hardmix.report.verdict import comparison_verdict
 
 #: Samples shown where every method is asked about the same mixes, and for each method where they differ.
 SHARED_SAMPLES, OWN_SAMPLES = 9, 3
+#: Metrics that are drawn seed by seed: the first ones, or of an image-text comparison these.
+DRAWN = 4
+PAIRS_DRAWN = ("recall_5", "shift_recall_5", "zeroshot", "arithmetic", "ece", "gap")
 
 
 class Column(NamedTuple):
-    """A metric as a column."""
+    """A metric as a column; `better`: which direction is."""
 
     label: str
     about: str
     lower: bool
+    better: str
 
 
 class Group(NamedTuple):
@@ -64,7 +71,14 @@ class Cell(NamedTuple):
 
 def comparison_context(comparison: Comparison) -> dict[str, Any]:
     """Everything that comparison.html.j2 asks for."""
-    columns = [_column(key, key in comparison.lower) for key in comparison.metrics]
+    pairs = _of_pairs(comparison)
+    if pairs:  # metrics of a table stand together
+        order = list(PAIR_GROUPS)
+        metrics = sorted(comparison.metrics, key=lambda key: order.index(pair_group(key)))
+        first = comparison.metrics[0]
+        comparison = replace(comparison, metrics=[first, *(key for key in metrics if key != first)])
+    columns = [_column(comparison, key) for key in comparison.metrics]
+    groups = _groups(comparison.metrics, _things(comparison), pairs)
     methods = [_method(comparison, method) for method in comparison.methods]
     shared, galleries = _galleries(comparison)
     return {
@@ -73,16 +87,18 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "facts": _facts(comparison),
         "notes": comparison.notes,
         "metrics": columns,
-        "groups": _groups(comparison.metrics, _things(comparison)),
+        "groups": groups,
+        "twin_groups": groups if pairs else [Group("", 0, len(columns))],
         "things": _things(comparison),
         "methods": methods,
         "twins": [_twin(comparison, twin) for twin in comparison.twins],
         "corrected": any(v.adjusted is not None for m in comparison.methods for v in m.versus.values()),
-        "levels": _levels(comparison),
+        "levels": _levels(comparison, pairs),
         "hard": _hard(comparison),
         "cost": _cost(comparison),
         "curves": _curves(comparison),
         "reliability": _reliability(comparison),
+        "spheres": _spheres(comparison),
         "shared": shared,
         "galleries": galleries,
         "robustness": section(comparison.folder),
@@ -93,9 +109,20 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _column(key: str, lower: bool) -> Column:
+def _column(comparison: Comparison, key: str) -> Column:
     known = metric(key)
-    return Column(known.label, known.about, lower)
+    return Column(known.label, known.about, key in comparison.lower, _better(comparison, key))
+
+
+def _better(comparison: Comparison, key: str) -> str:
+    if metric(key).neutral:
+        return "neither direction is better"
+    return "lower is better" if key in comparison.lower else "higher is better"
+
+
+def _of_pairs(comparison: Comparison) -> bool:
+    """Whether image-text runs are compared; their folders may be gone."""
+    return "recall_5" in comparison.metrics or _things(comparison) == "pairs"
 
 
 def _things(comparison: Comparison) -> str:
@@ -103,13 +130,15 @@ def _things(comparison: Comparison) -> str:
     return things_of(next((row.folder.summary for row in comparison.rows if row.folder is not None), None))
 
 
-def _groups(metrics: list[str], things: str) -> list[Group]:
-    """Clean and mixed test images apart; with many metrics on mixed ones, each policy of its own."""
+def _groups(metrics: list[str], things: str, pairs: bool) -> list[Group]:
+    """Clean and mixed test images apart; with many metrics on mixed ones, each policy of its own. Those of pairs by
+    what they are measured on."""
     groups: list[Group] = []
     many = sum(map(is_mixed, metrics)) > 4
     for i, key in enumerate(metrics):
         policy = f" by {title_of(key.rpartition('_')[0])}" if many else ""
         title = f"Hard samples: test images mixed half and half{policy}" if is_mixed(key) else f"Test {things}"
+        title = PAIR_GROUPS[pair_group(key)][0] if pairs else title
         if groups and groups[-1].title == title:
             groups[-1] = groups[-1]._replace(stop=i + 1)
         else:
@@ -143,7 +172,7 @@ def _with_difference(comparison: Comparison, cell: Cell, versus: Versus, key: st
         difference=show_difference(key, versus.difference),
         gap=show_range(key, versus.low, versus.high, signed=True),
         p=p_value(versus.p if versus.adjusted is None else versus.adjusted),
-        state=versus.verdict(key in comparison.lower),
+        state=comparison.state(versus, key),
     )
 
 
@@ -219,15 +248,15 @@ def _unit(key: str, points: bool = False) -> str:
     return f"{label} ({'points' if points else '%'})" if known.percent else label
 
 
-def _levels(comparison: Comparison) -> list[tuple[Plot, str]]:
+def _levels(comparison: Comparison, of_pairs: bool) -> list[tuple[Plot, str]]:
     """Dots and intervals of the metrics on clean images; the first metric also as differences from the first method."""
     drawn = []
-    for key in [k for k in comparison.metrics if not is_mixed(k)][:4]:
+    keys = [k for k in comparison.metrics if not is_mixed(k)]
+    for key in [k for k in keys if k in (keys[0], *PAIRS_DRAWN)] if of_pairs else keys[:DRAWN]:
         percent = metric(key).percent
         rows = [_level(m, key) for m in comparison.methods]
-        better = "lower is better" if key in comparison.lower else "higher is better"
         alt = f"{visible(metric(key).label)} of each method: {_told(rows, key)}"
-        caption = f"{metric(key).label}, {better}."
+        caption = f"{metric(key).label}, {_better(comparison, key)}."
         drawn.append((plots.levels(rows, alt, x_label=_unit(key), percent=percent), caption))
         if key != comparison.metrics[0] or len(comparison.methods) < 2:
             continue
@@ -283,6 +312,7 @@ def _curves(comparison: Comparison) -> list[tuple[Plot, str]]:
     drawn = []
     for kind, key, label, percent, caption in (
         ("validation", "top1", "validation top-1", True, "Validation top-1."),
+        ("validation", "recall_5", "validation R@5", True, "Validation R@5."),
         ("validation", "mae", "validation MAE", False, "Validation mean absolute error."),
         (
             "train",
@@ -315,16 +345,35 @@ def _curves(comparison: Comparison) -> list[tuple[Plot, str]]:
 
 
 def _reliability(comparison: Comparison) -> list[dict[str, Any]]:
-    """One diagram a method, its bins pooled over the seeds."""
+    """One diagram a method, its bins pooled over the seeds, and over both directions of searches."""
     drawn = []
     for method in comparison.methods:
-        diagrams = [dig(row.folder.summary, "reliability") for row in method.rows if row.folder is not None]
+        diagrams = []
+        for summary in (row.folder.summary for row in method.rows if row.folder is not None):
+            searches = (dig(summary, "calibration", key, "bins") for key in ("image_to_text", "text_to_image"))
+            diagrams += [dig(summary, "reliability"), *map(pair_plots.shares_of, searches)]
         ece = show("ece", method.mean("ece"), 1) if "ece" in method.cells else ""
         alt = f"Reliability diagram of {visible(method.name, 60)}" + (f", calibration error {ece}." if ece else ".")
         plot = plots.reliability(plots.pooled(diagrams), alt)
         if plot is not None:
             color = method.place % len(plots.COLORS)
             drawn.append({"plot": plot, "name": method.name, "color": color, "ece": ece})
+    return drawn
+
+
+def _spheres(comparison: Comparison) -> list[dict[str, Any]]:
+    """The test pairs of each method's first run on the sphere."""
+    drawn = []
+    for method in comparison.methods:
+        runs = [row.folder.summary for row in method.rows if row.folder is not None]
+        gap = number(dig(runs[0], "test", "gap")) if runs else None
+        alt = f"Pictures and texts on a unit sphere, of {visible(method.name, 60)}; modality gap {plain(gap, 3)}."
+        plot = pair_plots.sphere(runs[0].get("sphere"), alt) if runs else None
+        if plot is not None:
+            color = method.place % len(plots.COLORS)
+            drawn.append(
+                {"plot": plot, "name": method.name, "color": color, "gap": "" if gap is None else plain(gap, 3)}
+            )
     return drawn
 
 

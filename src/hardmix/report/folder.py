@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hardmix.report.text import MAX_TEXT, number, visible
+from hardmix.report.text import MAX_TEXT, is_pairs, number, visible
 
 #: Mixed samples that a page shows; the rest of a gallery is not decoded.
 MAX_SAMPLES = 12
@@ -69,13 +69,14 @@ def read_run(path: Path) -> RunFolder:
             recipe = file.read(MAX_TEXT + 1)
     except OSError:
         notes.append("recipe.toml is missing: what was run can't be told in full.")
+    mixes = summary.get("task") != "regression" and not is_pairs(summary)
     return RunFolder(
         path=path,
         summary=summary,
         recipe=recipe,
         train=_curve(lines, "train"),
         validation=_curve(lines, "validation"),
-        gallery=None if summary.get("task") == "regression" else _read_gallery(path / "gallery.safetensors", notes),
+        gallery=_read_gallery(path / "gallery.safetensors", notes) if mixes else None,
         notes=notes,
     )
 

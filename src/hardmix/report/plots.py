@@ -131,11 +131,19 @@ def curves(
 
 
 def levels(
-    rows: Sequence[Level], alt: str, *, x_label: str, percent: bool, zero_line: bool = False, bars: bool = False
+    rows: Sequence[Level],
+    alt: str,
+    *,
+    x_label: str,
+    percent: bool,
+    zero_line: bool = False,
+    bars: bool = False,
+    marks: Sequence[float | None] = (),
 ) -> Plot:
     """One line a method: dots for the seeds, a diamond for the mean, a line for its interval.
 
-    With `bars`, the mean is a bar from 0. Names stand above their line, so that long ones fit on a phone.
+    With `bars`, the mean is a bar from 0. `marks` are short black lines across, one a row or none. Names stand above
+    their line, so that long ones fit on a phone.
     """
     scale = 100.0 if percent else 1.0
     figure, axes = _axes(380, 46 + 42 * max(1, len(rows)))
@@ -158,6 +166,9 @@ def levels(
             axes.barh(i + 0.14, row.mean * scale, height=0.34, color=_pale(shade), linewidth=0)
         if row.low is not None and row.high is not None:
             axes.plot([row.low * scale, row.high * scale], [i + 0.14] * 2, color=shade, linewidth=2.0)
+        mark = marks[i] if marks else None
+        if mark is not None:
+            axes.plot([mark * scale] * 2, [i - 0.08, i + 0.36], color=INK, linewidth=1.6)
         dots = [v * scale for v in row.values]
         axes.plot(
             dots, [i + 0.14] * len(dots), "o", color="white", markersize=4.6, markeredgecolor=shade, markeredgewidth=0.9

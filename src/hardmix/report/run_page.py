@@ -8,12 +8,25 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from hardmix.report import number_plots, plots
+from hardmix.report import number_plots, pair_page, plots
 from hardmix.report.folder import MAX_SAMPLES, RunFolder
 from hardmix.report.plots import Line, Plot
 from hardmix.report.robustness_plots import section
 from hardmix.report.samples import samples
-from hardmix.report.text import MIXED, count, dig, duration, metric, number, plain, show, things_of, title_of, visible
+from hardmix.report.text import (
+    MIXED,
+    count,
+    dig,
+    duration,
+    is_pairs,
+    metric,
+    number,
+    plain,
+    show,
+    things_of,
+    title_of,
+    visible,
+)
 from hardmix.report.verdict import run_verdict
 
 #: Width of the learning curves in CSS pixels: two stand side by side.
@@ -50,7 +63,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     if isinstance(diagram, dict):
         alt = f"Reliability diagram over 15 bins of confidence; calibration error {show('ece', test.get('ece'))}."
         reliability = plots.reliability(diagram, alt)
-    if test and reliability is None and "scatter" not in summary:
+    if test and reliability is None and "scatter" not in summary and not is_pairs(summary):
         notes.append("The summary holds no reliability diagram.")
     return {
         "title": summary.get("name") or run.path.name or "run",
@@ -58,7 +71,8 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "verdict": run_verdict(run),
         "facts": _facts(summary),
         "notes": notes,
-        "metrics": [_reading(key, value) for key, value in test.items() if not is_mixed(key)],
+        "metrics": [] if is_pairs(summary) else [_reading(*item) for item in test.items() if not is_mixed(item[0])],
+        "pairs": pair_page.section(run, notes) if is_pairs(summary) else None,
         "predictions": number_plots.predictions(summary),
         "curves": run_curves(run),
         "reliability": reliability,
@@ -130,6 +144,11 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else "training top-1"
         plot = plots.curves(lines, alt, y_label="accuracy", percent=True, width=WIDE)
         drawn.append((plot, f"Blue: validation top-1. Grey: {caption}."))
+    x, recall = plots.thin(run.validation, "recall_5")
+    if x:
+        alt = f"Validation R@5 goes from {show('recall_5', recall[0], 1)} to {show('recall_5', recall[-1], 1)}."
+        plot = plots.curves([Line(x, recall, 1, points=True)], alt, y_label="R@5", percent=True, width=WIDE)
+        drawn.append((plot, "Validation R@5: how often the first five that are found include the right one."))
     for curve, key, label, caption in (
         (run.validation, "nll", "validation NLL", "Validation negative log-likelihood."),
         (run.validation, "mae", "validation MAE", "Validation mean absolute error."),
@@ -148,6 +167,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = [
         ("data", _text(dig(summary, "data", "name"))),
         (f"training {things_of(summary)}", _known(train, count)),
+        ("trained styles", listed(dig(summary, "data", "trained_styles"))),
         ("model", _text(dig(summary, "model", "name"))),
         ("parameters", _known(number(dig(summary, "model", "parameters")), count)),
         ("seed", _text(summary.get("seed"))),
@@ -162,10 +182,14 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     things = things_of(summary)
     pairs = [
         ("policy", title_of(summary.get("policy")) if summary else None),
-        ("objective", title_of(summary.get("objective")) if summary.get("objective") else None),
+        ("objective", title_of(summary.get("objective")) if summary.get("objective") not in (None, "none") else None),
+        ("started from", _text(summary.get("start"))),
         ("task", _text(summary.get("task"))),
         (f"validation {things}", _known(number(dig(summary, "data", "validation")), count)),
         (f"test {things}", _known(number(dig(summary, "data", "test")), count)),
+        (f"test {things} in other styles", _known(number(dig(summary, "data", "shift")), count)),
+        ("concepts", _known(number(dig(summary, "data", "concepts")), count)),
+        ("styles", listed(dig(summary, "data", "styles"))),
         ("classes", count(len(class_names(summary))) if class_names(summary) else None),
         ("data source", _text(dig(summary, "data", "source"))),
         ("data licence", _text(dig(summary, "data", "license"))),
@@ -177,6 +201,11 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *versions(summary.get("versions")),
     ]
     return [(label, value) for label, value in pairs if value is not None]
+
+
+def listed(names: Any) -> str | None:
+    """'noto, twemoji'; None where there is no list."""
+    return ", ".join(visible(name, 40) for name in names[:20]) or None if isinstance(names, list) else None
 
 
 def versions(stored: Any) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
 class Metric(NamedTuple):
-    """How a metric is shown: a short label, one sentence for a reader, shares as per cent."""
+    """How a metric is shown: a short label, one sentence for a reader, shares as per cent.
+
+    `neutral`: neither more nor less of it is better in itself.
+    """
 
     label: str
     about: str
     percent: bool = False
     lower_is_better: bool = False
+    neutral: bool = False
 
 
 METRICS = {
@@ -29,7 +34,7 @@ METRICS = {
     "nll": Metric("NLL", "negative log-likelihood: mean surprise at the right class, in nats", lower_is_better=True),
     "ece": Metric(
         "ECE",
-        "expected calibration error: mean gap between confidence and accuracy, over 15 bins",
+        "expected calibration error: mean gap between confidence and accuracy, over bins of confidence",
         percent=True,
         lower_is_better=True,
     ),
@@ -57,6 +62,47 @@ METRICS = {
         "in distances to these",
         lower_is_better=True,
     ),
+    "median_rank": Metric(
+        "median rank",
+        "place at which half of the searches have found the right one; mean of both directions",
+        lower_is_better=True,
+    ),
+    "zeroshot": Metric(
+        "zero-shot top-1",
+        "share of test pictures whose class is the one with the nearest prompt; no labelled picture is used",
+        percent=True,
+    ),
+    "zeroshot_ece": Metric(
+        "zero-shot ECE", "expected calibration error of these classes", percent=True, lower_is_better=True
+    ),
+    "arithmetic": Metric(
+        "arithmetic R@1",
+        "share of queries, a picture moved by the difference of two texts, that find the right picture first; mean "
+        "over the kinds of difference",
+        percent=True,
+    ),
+    "alignment": Metric(
+        "alignment",
+        "by how much texts are nearer to their own picture than to the nearest other one, in squared distances",
+    ),
+    "uniformity": Metric("uniformity", "how evenly pictures and texts together are spread over the sphere"),
+    "gap": Metric("modality gap", "distance between the centres of pictures and of texts", neutral=True),
+}
+
+#: Beginnings of the metrics of image-text runs that are measured elsewhere, for labels and sentences.
+PAIR_PLACES = {
+    "seen_shift_": ("of seen concepts in other styles", "for concepts of the training, in styles that are not of it"),
+    "shift_": ("in other styles", "in styles that are not of the training"),
+}
+
+#: Groups of an image-text run's metrics, in their order: title and what they are measured on.
+PAIR_GROUPS = {
+    "unseen": ("Unseen concepts, trained styles", "Retrieval among concepts that are not of this run's training."),
+    "shift": ("Unseen concepts, other styles", "The same in styles that are not of this run's training."),
+    "seen": ("Seen concepts, other styles", "Retrieval among concepts of the training, in styles that are not of it."),
+    "classes": ("Classification", "Into classes, from texts alone (zero-shot) or from few labelled pictures."),
+    "geometry": ("Geometry of the embeddings", "Where pictures and texts lie on the unit sphere."),
+    "other": ("Other metrics", ""),
 }
 
 #: Endings of the metrics on mixed test images, whose names start with the policy that mixed them.
@@ -67,7 +113,7 @@ MIXED = {
 }
 
 #: what a sample may be, see `hardmix.data.numbers`; a report needs nothing else of that module
-KINDS = ("rows", "series", "images", "volumes", "texts")
+KINDS = ("rows", "series", "images", "volumes", "texts", "pairs")
 
 TITLES = {
     "mixup": "Mixup",
@@ -101,6 +147,22 @@ TITLES = {
     "conr": "ConR",
     "balanced-mse": "Balanced MSE",
 }
+
+#: Objectives of image-text pairs. They stand for a run by themselves where no policy mixes pictures.
+PAIR_TITLES = {
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "m2-mix": "m\u00b2-Mix",
+    "m2-mix-siglip": "m\u00b2-Mix (SigLIP)",
+    "m3-mix": "m\u00b3-Mix",
+    "cyclip": "CyCLIP",
+    "hcl": "HCL",
+    "i-mix": "i-Mix",
+    "un-mix": "Un-Mix",
+    "carot": "CaRot",
+    "lipsum": "Lipsum-FT",
+}
+TITLES |= PAIR_TITLES
 
 
 def visible(value: Any, limit: int = MAX_NAME, keep: str = "") -> str:
@@ -140,14 +202,55 @@ def dig(tree: Any, *keys: str) -> Any:
 
 def metric(key: str) -> Metric:
     """What is known of a metric; an unknown one is shown under its own name."""
-    if key in METRICS:
-        return METRICS[key]
+    start, here = pair_place(key)
+    known = METRICS.get(here) or _numbered(here)
+    if known is not None and start:
+        where, about = PAIR_PLACES[start]
+        return known._replace(label=f"{known.label} {where}", about=f"{known.about}; {about}")
+    if known is not None:
+        return known
     policy, _, ending = key.rpartition("_")
     if policy and ending in MIXED:
         label, about = MIXED[ending]
         title = title_of(policy)
         return Metric(f"{title}: {label}", f"half-and-half {title} test images: {about}", percent=True)
     return Metric(key, "")
+
+
+def pair_place(key: str) -> tuple[str, str]:
+    """("shift_", "recall_5") of "shift_recall_5": where a metric is measured, "" for where it was trained."""
+    start = next((start for start in PAIR_PLACES if key.startswith(start)), "")
+    return start, key.removeprefix(start)
+
+
+def _numbered(key: str) -> Metric | None:
+    """recall_5 or fewshot_4, for any number."""
+    numbered = re.fullmatch(r"(recall|fewshot)_([1-9][0-9]{0,5})", key)
+    if numbered is None:
+        return None
+    kind, k = numbered.groups()
+    if kind == "recall":
+        right = "first is" if k == "1" else f"first {k} include"
+        return Metric(f"R@{k}", f"share of searches, in both directions, whose {right} the right one", percent=True)
+    examples = "picture" if k == "1" else "pictures"
+    return Metric(f"{k}-shot top-1", f"top-1 with {k} labelled {examples} of each class to learn from", percent=True)
+
+
+def pair_group(key: str) -> str:
+    """The entry of PAIR_GROUPS that a metric of an image-text run belongs to."""
+    start, here = pair_place(key)
+    if here.startswith(("zeroshot", "fewshot_")):
+        return "classes"
+    if here in ("arithmetic", "alignment", "uniformity", "gap"):
+        return "geometry"
+    if here.startswith("recall_") or here in ("median_rank", "ece"):
+        return {"": "unseen", "shift_": "shift", "seen_shift_": "seen"}[start]
+    return "other"
+
+
+def is_pairs(summary: Any) -> bool:
+    """Whether a run is one of pictures with texts."""
+    return dig(summary, "task") == "image-text"
 
 
 def title_of(name: Any) -> str:
@@ -163,6 +266,8 @@ def things_of(summary: Any) -> str:
 
 def method_title(policy: Any, objective: Any) -> str:
     """'Mixup with Decoupled Mixup'."""
+    if policy in (None, "none") and isinstance(objective, str) and objective in (*PAIR_TITLES, "none"):
+        return PAIR_TITLES.get(objective, "No training")
     # Two stages, two objectives: "supremix + l1".
     losses = (
         " and ".join(title_of(part) for part in objective.split(" + ")) if isinstance(objective, str) else objective

@@ -8,9 +8,11 @@ from markupsafe import Markup
 
 from hardmix.report.comparison import Comparison, Method, paired
 from hardmix.report.folder import RunFolder
+from hardmix.report.plots import pooled
 from hardmix.report.text import (
     count,
     dig,
+    is_pairs,
     method_title,
     metric,
     number,
@@ -22,6 +24,9 @@ from hardmix.report.text import (
     title_of,
     visible,
 )
+
+#: Metrics that a sentence lists by name.
+NAMED = 10
 
 
 def name_of(text: object) -> Markup:
@@ -37,6 +42,8 @@ def run_verdict(run: RunFolder) -> list[Markup]:
     keys = [k for k, v in test.items() if number(v) is not None] if isinstance(test, dict) else []
     if not keys:
         return [_unfinished(run, title)]
+    if is_pairs(summary) and "recall_5" in keys:
+        return _pair_verdict(summary, title)
     key = "top1" if "top1" in keys else keys[0]
     things = things_of(summary)
     value, size = show(key, number(test[key]), 1), count(dig(summary, "data", "test"))
@@ -48,10 +55,8 @@ def run_verdict(run: RunFolder) -> list[Markup]:
     sentences = [sentence]
     ece = number(test.get("ece"))
     if ece is not None:
-        off = show_difference("ece", ece, 1).lstrip("+")
-        sentences.append(
-            Markup("When it names a class, its confidence is {} on average.").format(_direction(summary, off, ece))
-        )
+        off = _direction(dig(summary, "reliability"), ece)
+        sentences.append(Markup("When it names a class, its confidence is {} on average.").format(off))
     mixed = next((k for k in keys if k.endswith("_both")), None)
     if mixed is not None:
         sentences.append(
@@ -63,10 +68,53 @@ def run_verdict(run: RunFolder) -> list[Markup]:
     return sentences
 
 
-def _direction(summary: dict[str, Any], off: str, ece: float) -> str:
+def _pair_verdict(summary: dict[str, Any], title: str) -> list[Markup]:
+    """What an image-text run finds, before and after, in the styles of training and in others."""
+    data = dig(summary, "data", "name")
+    of = Markup("") if data is None else Markup(" of {}").format(name_of(data))
+    sentence = Markup(
+        "Searching among {} test {}{} that it was not trained on, <b>{}</b> has the right one among its first five {}"
+    ).format(count(dig(summary, "data", "test")), things_of(summary), of, visible(title), _found(summary, ""))
+    if number(dig(summary, "test", "shift_recall_5")) is not None:
+        sentence += Markup(", and in other styles {}").format(_found(summary, "shift_"))
+    sentences = [sentence + Markup(".")]
+    ece = number(dig(summary, "test", "ece"))
+    if ece is not None:
+        both = pooled([dig(summary, "calibration", key, "bins") for key in ("image_to_text", "text_to_image")])
+        off = _direction(both, ece)
+        sentences.append(Markup("Its confidence in the first one that it finds is {} on average.").format(off))
+    return sentences
+
+
+def _found(summary: dict[str, Any], start: str) -> str:
+    """'48.2 % of the time (31.0 % before fine-tuning, 1.3 % by chance)', as far as it is known."""
+    key = f"{start}recall_5"
+    before, chance = number(dig(summary, "before", key)), _chance(summary, bool(start))
+    beside = [] if before is None else [f"{show(key, before, 1)} before fine-tuning"]
+    beside += [] if chance is None else [f"{show(key, chance, 1)} by chance"]
+    found = f"{show(key, number(dig(summary, 'test', key)), 1)} of the time"
+    return found + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _chance(summary: dict[str, Any], shift: bool) -> float | None:
+    """R@5 by chance among concepts that were not trained on: the mean over styles and both directions."""
+    stored = summary.get("retrieval")
+    entries = [e for e in stored if dig(e, "part") == "unseen"] if isinstance(stored, list) else []
+    values = [
+        number(entry.get(f"{direction}_recall_5_chance"))
+        for entry in entries
+        for direction in ("image_to_text", "text_to_image")
+        if (entry.get("shift") is True) == shift
+    ]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _direction(diagram: Any, ece: float) -> str:
     """'4.6 points too high' where nearly all of the calibration error has one sign, 'off by 4.6 points' otherwise."""
+    off = show_difference("ece", ece, 1).lstrip("+")
     gap = total = 0.0
-    columns = [dig(summary, "reliability", key) for key in ("confidence", "accuracy", "count")]
+    columns = [dig(diagram, key) for key in ("confidence", "accuracy", "count")]
     if all(isinstance(column, list) for column in columns):
         for row in zip(*columns, strict=False):
             confidence, accuracy, size = map(number, row)
@@ -79,7 +127,8 @@ def _direction(summary: dict[str, Any], off: str, ece: float) -> str:
 
 
 def _unfinished(run: RunFolder, title: str) -> Markup:
-    last = run.validation.get("top1", [])
+    key = next((key for key in ("top1", "recall_5") if key in run.validation), "")
+    last = run.validation.get(key, [])
     steps = run.train.get("step", [])
     sentence = Markup("<b>{}</b> has no test result: the run has not finished.").format(visible(title))
     if steps:
@@ -87,7 +136,7 @@ def _unfinished(run: RunFolder, title: str) -> Markup:
             count(steps[-1]), f"{run.train['epoch'][-1]:.3g}"
         )
     if last and (value := number(last[-1])) is not None:
-        sentence += Markup(" The last validation gave {} top-1.").format(show("top1", value, 1))
+        sentence += Markup(" The last validation gave {} {}.").format(show(key, value, 1), metric(key).label)
     return sentence
 
 
@@ -208,13 +257,19 @@ def _elsewhere(comparison: Comparison, method: Method) -> Markup:
     for state in ("better", "worse", "undecided"):
         if state in groups:
             everything = len(groups[state]) == len(comparison.metrics) - 1 > 2
-            names = f"all {len(groups[state])}" if everything else ", ".join(groups[state])
+            names = f"all {len(groups[state])}" if everything else _some(groups[state])
             parts.append(f"{state} on {names}")
     return Markup("{}").format("; ".join(parts))
 
 
+def _some(labels: list[str]) -> str:
+    """The first of them, and how many more."""
+    more = len(labels) - NAMED
+    return ", ".join(labels) if more <= 1 else f"{', '.join(labels[:NAMED])} and {more} more"
+
+
 def _state(comparison: Comparison, method: Method, key: str) -> str:
-    return method.versus[key].verdict(key in comparison.lower)
+    return comparison.state(method.versus[key], key)
 
 
 def _label(key: str) -> str:
