@@ -13,7 +13,7 @@ demo: $(VENV)/.ready ## the main job on real data that comes with the install; w
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
 
-test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real timm and torchvision
+test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real open_clip, timm and torchvision
 	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/.ready ## formatting, lint and types
@@ -31,11 +31,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[train,text,volumes,dev]'
 	touch $@
 
-# Both constraints files on every line: without the pins timm and torchvision replace torch by another build.
+# Both constraints files on every line: without the pins open_clip, timm and torchvision replace torch by another build.
 $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt torch
-	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,timm,torchvision]'
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,open-clip,timm,torchvision]'
 	touch $@
 
 clean: ## remove the environment and caches, keep runs

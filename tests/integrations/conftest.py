@@ -1,4 +1,4 @@
-"""The real timm and torchvision, where they are installed; tests that need them skip elsewhere."""
+"""The real open_clip, timm and torchvision, where they are installed; tests that need them skip elsewhere."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def tv_tensors() -> ModuleType:
 @pytest.fixture
 def v2() -> ModuleType:
     return peer("torchvision.transforms.v2")
+
+
+@pytest.fixture(scope="session")
+def open_clip() -> ModuleType:
+    return peer("open_clip")
+
+
+@pytest.fixture(scope="session")
+def open_clip_train() -> ModuleType:
+    return peer("open_clip_train.train")

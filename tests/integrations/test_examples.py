@@ -40,6 +40,13 @@ def test_torchvision_training(v2, run, options):
     assert "epoch 1  loss" in run("torchvision_training.py", *SMALL, *options)
 
 
-@pytest.mark.parametrize("script", ["timm_training.py", "torchvision_training.py"])
-def test_they_explain_themselves(timm_mixup, run, script):
+@pytest.mark.parametrize("options", [["--accum-freq", "3"], ["--loss", "clip"]])
+def test_open_clip_finetuning(open_clip_train, run, options):
+    printed = run("open_clip_finetuning.py", *SMALL, *options)
+    assert "epoch 1  contrastive_loss" in printed
+    assert ("m2mix_loss" in printed) == ("clip" not in options)
+
+
+@pytest.mark.parametrize("script", ["timm_training.py", "torchvision_training.py", "open_clip_finetuning.py"])
+def test_they_explain_themselves(timm_mixup, open_clip_train, run, script):
     assert "--epochs" in run(script, "--help")
