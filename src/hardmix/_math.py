@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Backward = Callable[..., Any]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -22,6 +28,46 @@ def is_transformed() -> bool:
     """Whether a function transform (`torch.func`) or forward-mode differentiation is under way. Its tensors look like
     plain ones, but what NumPy, `out=` or a hand-written backward does to them is lost to it."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def first_only(message: str) -> Callable[[Backward], Backward]:
+    """Marks the backward pass of an autograd function that has no derivative of its own: asking for one raises.
+
+    torch's `once_differentiable` lets some by: it looks at the gradients that come in, which are constant where the
+    result is only summed, and its refusal hangs on nothing, so that `torch.autograd.grad`, which goes where its inputs
+    are, never meets it. Either leaves a second derivative without this part. Here it hangs on all that was saved.
+    """
+
+    def mark(backward: Backward) -> Backward:
+        @wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> Any:
+            with torch.no_grad():
+                values = backward(ctx, *grads)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compiled code refuses by itself
+                return values
+            return _Refuse.apply(message, values, *grads, *ctx.saved_tensors)
+
+        return run
+
+    return mark
+
+
+class _Refuse(torch.autograd.Function):
+    """Values that were computed from others, whose gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, values: tuple[Tensor | None, ...], *others: Tensor | None) -> Any:
+        ctx.message = message
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(ctx.message)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hardmix.kernels import label_contrast as kernel
-from hardmix.losses import SupConLoss, SupReMixLoss, supcon_loss, supremix_loss
+from hardmix.losses import SupConLoss, SupReMixLoss, rank_n_contrast_loss, supcon_loss, supremix_loss
 
 from .slow_contrast import WEIGHTS, supremix_mean, supremix_rows
 
@@ -391,3 +391,13 @@ BAD = [
 def test_bad_input_is_named(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(batch(), torch.tensor(TIED))
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("loss", [supremix_loss, supcon_loss, rank_n_contrast_loss])
+def test_a_second_derivative_is_refused_however_it_is_asked_for(loss, summed) -> None:
+    z = batch().requires_grad_()
+    value = loss(z, torch.tensor(TIED), **({"window": 3.0} if loss is supremix_loss else {}))
+    (grad,) = torch.autograd.grad(3.0 * value if summed else value.square(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), z)

@@ -66,6 +66,27 @@ def test_the_ends_are_bit_equal_and_inputs_are_kept() -> None:
         assert all(torch.equal(state[name], copy[name]) for name in copy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, DOUBLE, torch.complex64], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_end_does_not_feel_what_the_other_one_holds(dtype, value) -> None:
+    """Also in another dtype, and for what both have: the -inf of a mask."""
+    whole = torch.randn(4, generator=rng(), dtype=DOUBLE).to(dtype)
+    broken = torch.full((4,), value, dtype=dtype)
+    other = torch.complex128 if dtype.is_complex else DOUBLE
+    for alpha, (before, after) in ((0.0, (whole, broken)), (1.0, (broken, whole))):
+        for one, two in ((before, after), (before.to(other), after), (before, after.to(other))):
+            got = wise_ft({"w": one}, {"w": two}, alpha)["w"]
+            assert torch.equal(got, whole.to(two.dtype))
+            assert got.data_ptr() not in (one.data_ptr(), two.data_ptr())
+        assert not wise_ft({"w": before}, {"w": after}, 0.5)["w"].isfinite().any()
+        assert torch.equal(
+            wise_ft({"w": before}, {"w": after}, 1.0 - alpha)["w"].view(torch.uint8), broken.view(torch.uint8)
+        )
+    if value == value:
+        for alpha in (0.0, 0.3, 1.0):
+            assert torch.equal(wise_ft({"w": broken}, {"w": broken.clone()}, alpha)["w"], broken)
+
+
 def test_counters_are_those_of_the_tuned_model() -> None:
     before, after = states()
     assert before["1.num_batches_tracked"] == 0

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hardmix._math import first_only
 from hardmix.kernels import tied_mixtures as tied
 
 #: Up to so many rows the Gram matrix is formed whole; above, its parts are formed when they are needed.
@@ -185,7 +185,9 @@ class _LabelContrast(torch.autograd.Function):
         return loss.masked_fill_(alone, 0.0), count
 
     @staticmethod
-    @once_differentiable
+    @first_only(
+        "label_contrast: contrasts that compare labels have first derivatives only; leave out a penalty on gradients."
+    )
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
         z, total, count = ctx.saved_tensors
         alone = count == 0

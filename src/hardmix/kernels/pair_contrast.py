@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hardmix._math import softplus
+from hardmix._math import first_only, softplus
 
 #: Up to so many rows there is one tile.
 DENSE_ROWS = 1024
@@ -108,7 +107,7 @@ def pair_contrast(
 
     Returns:
         (T, 2, last - first): term, image or text as the anchor, anchor. -inf where there is no other row. First
-        derivatives only, with respect to rows, coefficients and bias.
+        derivatives only, with respect to rows, coefficients and bias; NotImplementedError tells who asks for a second.
     """
     last = len(a) if last is None else last
     tiles = tile_rows(len(a), a.device, (first, last)) if tiles is None else tiles
@@ -183,7 +182,10 @@ class _PairContrast(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_only(
+        "pair_contrast: losses of image-text pairs have first derivatives only; leave out the penalty on a gradient or "
+        "what else differentiates it."
+    )
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, bias, result, *rest = ctx.saved_tensors
         coefficients, kept = rest[: 4 * len(result)], dict(zip(ctx.names, rest[4 * len(result) :], strict=True))

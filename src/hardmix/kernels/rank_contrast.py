@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from hardmix._math import first_only
 
 #: Up to so many rows the slopes of all pairs are kept for the gradient; above, they are computed once more.
 DENSE_ROWS = 1024
@@ -101,7 +102,9 @@ class _RankContrast(torch.autograd.Function):
         return rows.scattered(loss)
 
     @staticmethod
-    @once_differentiable
+    @first_only(
+        "rank_contrast: contrasts of ranked labels have first derivatives only; leave out a penalty on gradients."
+    )
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         z, weight, anchor, row = ctx.saved_tensors
         with _full_precision(z):

@@ -123,7 +123,7 @@ class CaRotLoss(nn.Module):
         orthogonality, cross, distillation: the weights, at least 0; those of the authors' code.
 
     The call takes `projections=(W_v, W_t)`, see `projection_penalty`, where one of the first two weights is greater
-    than 0, and `teacher=(image_features, text_features, logit_scale)` where the third is.
+    than 0, and `teacher=(image_features, text_features, logit_scale)` where the third is. First derivatives only.
 
     Reference: Oh et al. 2024 (arXiv:2311.01723).
 

@@ -13,17 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix._math import is_transformed, reduce, softplus, unit, wide
+from hardmix._math import readable, reduce, softplus, unit, wide
 from hardmix.distributed import gather_with_sum, mean_of_parts, rank_and_size, rows_from_first
 from hardmix.kernels.pair_contrast import Term, pair_contrast
 
 REDUCTIONS = ("none", "mean", "sum")
 #: What open_clip's classes are told about processes, beside `rank` and `world_size`, and need not be told here.
 OPEN_CLIP = ("local_loss", "gather_with_grad", "cache_labels", "use_horovod", "dist_impl", "chunk_size")
+#: Rounding leaves rows that are divided by their length in a dtype within so many eps of it from 1: at most 2.2 were
+#: seen, in float32 with 4,096 columns.
+UNIT_EPS = 4.0
 
 
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, *, reduction: str = "mean"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """CLIP: cross entropy of each pair among the batch's, averaged over both directions.
 
@@ -36,16 +44,22 @@ def clip_loss(
         image_features, text_features: (N, D), row i of both is a pair. Any float dtype and length; rows are normalised,
             and products and sums are done in float32 or wider.
         logit_scale: s, greater than 0: a number or a tensor of one element that may learn, already exponentiated.
+        normalize: False where rows have length 1 already, and others are a mistake: those are refused on the CPU. Up to
+            4 eps of their dtype (float16 .004, bfloat16 .03, float32 and float64 5e-7) count as the rounding of rows
+            that were normalised in it; it is divided out in float32 or wider, so that the value is that of True.
         reduction: "mean" over the pairs, "sum", or "none".
 
     Returns:
         Scalar, or (N,) for "none", float32 or wider. N = 1 has no other pair: 0, with a gradient of zeros. All pairs
-        equal: log N. A row of zeros has cosine 0 with all. First derivatives only.
+        equal: log N. A row of zeros has cosine 0 with all. First derivatives only: to differentiate a gradient raises
+        NotImplementedError.
 
     Raises:
         TypeError: not tensors, integer features, a scale of another kind.
         ValueError: numbers of rows or columns, or devices, disagree; an empty batch; on the CPU also NaN or infinity in
-            the features, named by row, and a scale that is not positive. A GPU is not waited for: NaN gives NaN there.
+            the features, named by row, a scale that is not positive, and with normalize=False a row of another length
+            than 1, such as one of zeros. A GPU is not waited for, nor does compiled code look: NaN gives NaN there, and
+            rows of any length are divided by it.
 
     Reference: Radford et al. 2021 (arXiv:2103.00020). open_clip's `ClipLoss` takes rows as they come; CLIP models
     normalise theirs, and for those both have the same value.
@@ -56,7 +70,7 @@ def clip_loss(
     """
     who = "clip_loss"
     _check.choice(who, "reduction", reduction, REDUCTIONS)
-    return _clip(who, gathered(who, image_features, text_features, False), logit_scale, reduction)
+    return _clip(who, gathered(who, image_features, text_features, False, normalize), logit_scale, reduction)
 
 
 def _clip(who: str, pairs: Gathered, logit_scale: Tensor | float, reduction: str) -> Tensor:
@@ -69,9 +83,12 @@ def _clip(who: str, pairs: Gathered, logit_scale: Tensor | float, reduction: str
 class _PairLoss(nn.Module):
     """The settings that `ClipLoss` describes."""
 
-    def __init__(self, *, reduction: str = "mean", gather: bool = True, **open_clip: Any) -> None:
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", gather: bool = True, **open_clip: Any
+    ) -> None:
         super().__init__()
         who = type(self).__name__
+        self.normalize = flag(who, "normalize", normalize)
         self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
         self.gather = check_processes(who, gather, open_clip)
 
@@ -92,7 +109,7 @@ class ClipLoss(_PairLoss):
     pass, equally often.
 
     Args:
-        reduction: see `clip_loss`.
+        normalize, reduction: see `clip_loss`.
         gather: False for the pairs of this process alone, as where only one of them computes the loss.
         open_clip: keywords of open_clip's own class, so that calls of that work. `rank` and `world_size` have to be
             those of the process group. The others have no effect: the gradient is what open_clip has with
@@ -116,7 +133,7 @@ class ClipLoss(_PairLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see `clip_loss`."""
-        pairs = gathered("clip_loss", image_features, text_features, self.gather)
+        pairs = gathered("clip_loss", image_features, text_features, self.gather, self.normalize)
         loss = without_effect(_clip("clip_loss", pairs, logit_scale, self.reduction), logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -127,6 +144,7 @@ def siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """SigLIP: every image and text of the batch, told to belong together or not, each on its own.
@@ -148,7 +166,8 @@ def siglip_loss(
     """
     who = "siglip_loss"
     _check.choice(who, "reduction", reduction, REDUCTIONS)
-    return _siglip(who, gathered(who, image_features, text_features, False), logit_scale, logit_bias, reduction)
+    pairs = gathered(who, image_features, text_features, False, normalize)
+    return _siglip(who, pairs, logit_scale, logit_bias, reduction)
 
 
 def _siglip(
@@ -180,7 +199,7 @@ class SigLipLoss(_PairLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see `siglip_loss`."""
-        pairs = gathered("siglip_loss", image_features, text_features, self.gather)
+        pairs = gathered("siglip_loss", image_features, text_features, self.gather, self.normalize)
         loss = _siglip("siglip_loss", pairs, logit_scale, logit_bias, self.reduction)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -205,10 +224,10 @@ class Gathered(NamedTuple):
         return values if self.ranks == 1 else rows_from_first(values)
 
 
-def gathered(who: str, image_features: Tensor, text_features: Tensor, gather: bool) -> Gathered:
+def gathered(who: str, image_features: Tensor, text_features: Tensor, gather: bool, normalize: bool = True) -> Gathered:
     """Checked pairs of all processes, or of this one alone. With several, those without pairs may come along."""
     ranks = rank_and_size()[1] if gather else 1
-    a, b = unit_pairs(who, image_features, text_features, empty=ranks > 1)
+    a, b = unit_pairs(who, image_features, text_features, normalize=normalize, empty=ranks > 1)
     if ranks == 1:
         return Gathered(a, b, slice(0, len(a)), 1)
     both, own = gather_with_sum(torch.stack((a, b)).transpose(0, 1))  # (M, 2, D)
@@ -219,8 +238,7 @@ def gathered(who: str, image_features: Tensor, text_features: Tensor, gather: bo
 
 def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -> bool:
     """`gather`, once open_clip's keywords are known to ask for nothing else."""
-    if not isinstance(gather, bool):
-        raise TypeError(f"{who}: gather is {gather!r}; pass True or False.")
+    gather = flag(who, "gather", gather)
     own = dict(zip(("rank", "world_size"), rank_and_size(), strict=True))
     for name, value in open_clip.items():
         if name not in own and name not in OPEN_CLIP:
@@ -236,10 +254,18 @@ def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -
     return gather
 
 
+def flag(who: str, name: str, value: object) -> bool:
+    """True or False, and nothing that only counts as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: {name} is {value!r}; pass True or False.")
+    return value
+
+
 def unit_pairs(
-    who: str, image_features: Tensor, text_features: Tensor, *, empty: bool = False
+    who: str, image_features: Tensor, text_features: Tensor, *, normalize: bool = True, empty: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Checked features (N, D) as rows of length 1 in float32 or wider; N = 0 only where that may be."""
+    flag(who, "normalize", normalize)
     features = []
     for name, value in (("image_features", image_features), ("text_features", text_features)):
         x = _check.tensor(who, name, value)
@@ -258,8 +284,28 @@ def unit_pairs(
     _check.same_device(who, "text_features", b, "image_features", a.device)
     _check.finite(who, "image_features", a)
     _check.finite(who, "text_features", b)
+    if not normalize:
+        _check_length(who, "image_features", a)
+        _check_length(who, "text_features", b)
     dtype = wide(torch.promote_types(a.dtype, b.dtype))
     return unit(a.to(dtype)), unit(b.to(dtype))
+
+
+def _check_length(who: str, name: str, x: Tensor) -> None:
+    """Rows of length 1, up to the rounding of their dtype; values are looked at where that waits for no device."""
+    if not readable(x):
+        return
+    # In float64: float32's own sum would take up much of what float32 rows are allowed.
+    length = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.float64)
+    # Float64 rows are often float32 ones that were widened.
+    rounding = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    wrong = ((length - 1.0).abs() > UNIT_EPS * rounding).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{who}: normalize is False but row {row} of {name} has length {length[row].item():.8g}; pass "
+            "normalize=True, or divide rows by their length."
+        )
 
 
 def one_number(who: str, name: str, value: Tensor | float, like: Tensor, positive: bool = True) -> Tensor:
@@ -273,7 +319,7 @@ def one_number(who: str, name: str, value: Tensor | float, like: Tensor, positiv
             f"{who}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; pass {kind}, or a floating-point "
             "tensor of one element."
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
+    if readable(value):
         number = float(value.detach())
         if not math.isfinite(number) or (positive and number <= 0.0):
             hint = ", the exponential of what the model learns" if positive else ""

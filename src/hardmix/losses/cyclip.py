@@ -34,8 +34,9 @@ def cyclip_loss(
         reduction: "mean" over the pairs, "sum", or "none".
 
     Returns:
-        Scalar, or (N,) for "none", float32 or wider. N = 1: 0, with a gradient of zeros. All pairs equal: log N. Texts
-        that are the images, or all of them in one mirror, are consistent: that leaves CLIP.
+        Scalar, or (N,) for "none", float32 or wider. N = 1: 0, with a gradient of zeros, to rounding. All pairs equal:
+        log N. Texts that are the images, or all of them in one mirror, are consistent: that leaves CLIP. First
+        derivatives only.
 
     Raises:
         TypeError, ValueError: as for `clip_loss`; both weights 0.

@@ -16,6 +16,7 @@ from hardmix.losses.clip import (
     Gathered,
     check_processes,
     cross_entropy,
+    flag,
     gathered,
     one_number,
     unit_pairs,
@@ -39,6 +40,7 @@ def m2mix_loss(
     draws: int = 1,
     per: str = "batch",
     replace: str = "negatives",
+    normalize: bool = True,
     reduction: str = "mean",
     generator: Generator | None = None,
 ) -> Tensor:
@@ -65,6 +67,7 @@ def m2mix_loss(
         per: "batch" for one lam for all pairs, "pair" for one each.
         replace: what the mixtures stand for: "negatives" as above; "positives", each pair's own mixture as a_i . m_i
             and b_i . m_i against unmixed negatives; or "both".
+        normalize: False to refuse rows whose length is not 1, up to rounding; see `clip_loss`.
         reduction: "mean" over the pairs, "sum", or "none".
         generator: CPU generator of the draws; None takes torch's global one.
 
@@ -76,7 +79,8 @@ def m2mix_loss(
     Raises:
         TypeError: not tensors, integer features, a setting of another kind.
         ValueError: numbers of rows or columns, or devices, disagree; an empty batch; a setting out of its range; on the
-            CPU also NaN or infinity in the features, named by row. A GPU is not waited for: NaN gives NaN there.
+            CPU also NaN or infinity in the features, named by row, and with normalize=False a row of another length
+            than 1. A GPU is not waited for: NaN gives NaN there.
 
     Reference: Oh et al. 2023, "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", arXiv:2203.03897. The released code
     lacks the 1/2, divides by zero where the rows of a pair are equal, and rounds lam to float16; the module in its
@@ -92,7 +96,7 @@ def m2mix_loss(
     check_draws(who, alpha, draws, per)
     _check.choice(who, "replace", replace, REPLACE)
     _check.choice(who, "reduction", reduction, REDUCTIONS)
-    a, b = unit_pairs(who, image_features, text_features)
+    a, b = unit_pairs(who, image_features, text_features, normalize=normalize)
     scale = one_number(who, "temperature", temperature, a).reciprocal()
     c = (a * b).sum(1)
     mixed = mixed_rows(c, draw_shares(who, c, lam, alpha, draws, per, generator), scale, replace)
@@ -100,19 +104,25 @@ def m2mix_loss(
 
 
 class Scheduled(nn.Module):
-    """What the losses with mixed terms have in common beside these: which pairs, how often to draw, and a factor of the
-    weights, 1 or 1 / (epoch + 1)."""
+    """What the losses with mixed terms have in common beside these: which pairs, of what length, how often to draw, and
+    a factor of the weights, 1 or 1 / (epoch + 1)."""
 
     epoch: Tensor
 
     def __init__(
-        self, schedule: str | None, accumulate: int = 1, gather: bool = True, open_clip: Mapping[str, object] = {}
+        self,
+        schedule: str | None,
+        normalize: bool,
+        accumulate: int,
+        gather: bool,
+        open_clip: Mapping[str, object],
     ) -> None:
         super().__init__()
         who = type(self).__name__
         if schedule not in (None, "inverse"):
             raise ValueError(f"{who}: schedule is {schedule!r}; pass 'inverse', or None for a constant weight.")
         self.schedule = schedule
+        self.normalize = flag(who, "normalize", normalize)
         self.accumulate = _check.integer(who, "accumulate", accumulate, 1)
         self.gather = check_processes(who, gather, open_clip)
         self._calls, self._seed = 0, 0
@@ -160,6 +170,7 @@ class M2MixLoss(Scheduled):
             first. The epoch is part of the state that is saved.
         weight_convention: "paper" as above; "code" counts w twice, as the released code does, whose two directions are
             added without the 1/2.
+        normalize: False to refuse rows whose length is not 1, up to rounding; see `clip_loss`.
         accumulate: how many calls in a row, those of one step (open_clip's `--accum-freq`), share their draws. Calls in
             evaluation mode are not counted, nor are those with a lam of their own.
         gather, open_clip: which pairs are compared, and keywords of open_clip's class; see `ClipLoss`.
@@ -182,11 +193,12 @@ class M2MixLoss(Scheduled):
         per: str = "batch",
         replace: str = "negatives",
         weight_convention: str = "paper",
+        normalize: bool = True,
         accumulate: int = 1,
         gather: bool = True,
         **open_clip: Any,
     ) -> None:
-        super().__init__(schedule, accumulate, gather, open_clip)
+        super().__init__(schedule, normalize, accumulate, gather, open_clip)
         who = type(self).__name__
         self.weight = _check.positive(who, "weight", weight)
         check_draws(who, alpha, draws, per)
@@ -212,7 +224,7 @@ class M2MixLoss(Scheduled):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        pairs = gathered(who, image_features, text_features, self.gather)
+        pairs = gathered(who, image_features, text_features, self.gather, self.normalize)
         a, b, own = pairs.a, pairs.b, pairs.own
         scale = one_number(who, "logit_scale", logit_scale, a)
         c = (a * b).sum(1)
@@ -265,6 +277,7 @@ class M2MixSigLipLoss(M2MixLoss):
         schedule: str | None = None,
         draws: int = 1,
         per: str = "batch",
+        normalize: bool = True,
         accumulate: int = 1,
         gather: bool = True,
         **open_clip: Any,
@@ -276,6 +289,7 @@ class M2MixSigLipLoss(M2MixLoss):
             schedule=schedule,
             draws=draws,
             per=per,
+            normalize=normalize,
             accumulate=accumulate,
             gather=gather,
             **open_clip,
@@ -294,7 +308,7 @@ class M2MixSigLipLoss(M2MixLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        pairs = gathered(who, image_features, text_features, self.gather)
+        pairs = gathered(who, image_features, text_features, self.gather, self.normalize)
         a, b, own = pairs.a, pairs.b, pairs.own
         scale = one_number(who, "logit_scale", logit_scale, a)
         bias = one_number(who, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)

@@ -32,6 +32,7 @@ def unimodal_mix_loss(
     per: str = "batch",
     target: str | None = None,
     negatives: str = "mixed",
+    normalize: bool = True,
     reduction: str = "mean",
     generator: Generator | None = None,
 ) -> Tensor:
@@ -58,6 +59,7 @@ def unimodal_mix_loss(
         per: "batch" for one lam for all rows, "pair" for one for each two that are mixed.
         target: None for the T above; or "mixed", "identity", or "code", I + J, the released code's for VL.
         negatives: "mixed" as above; "original" keeps plain logits but for the pair's and its partner's.
+        normalize: False to refuse rows whose length is not 1, up to rounding; see `clip_loss`.
         reduction: "mean" over the pairs, "sum", or "none".
         generator: CPU generator of the draws; None takes torch's global one.
 
@@ -69,8 +71,9 @@ def unimodal_mix_loss(
     Raises:
         TypeError: not tensors, integer features, a setting of another kind.
         ValueError: numbers of rows or columns, or devices, disagree; an empty batch; a setting out of its range; on the
-            CPU also NaN or infinity in the features, named by row, a scale that is not positive, or shares that differ
-            between partners. A GPU is not waited for: NaN gives NaN there.
+            CPU also NaN or infinity in the features, named by row, a scale that is not positive, shares that differ
+            between partners, or with normalize=False a row of another length than 1. A GPU is not waited for: NaN gives
+            NaN there.
 
     Reference: Oh et al. 2023, arXiv:2203.03897. For VL the released code has the target I + J, which counts each row
     twice, and an earlier version I; the default is I. There, the middle row of an odd batch is NaN.
@@ -88,7 +91,7 @@ def unimodal_mix_loss(
     _check.choice(who, "reduction", reduction, REDUCTIONS)
     if mix == "given" and target == "mixed" and lam is None:
         raise ValueError(f"{who}: lam is None; pass the share that the features were mixed with.")
-    batch = _reversed_batch(who, image_features, text_features, False)
+    batch = _reversed_batch(who, image_features, text_features, False, normalize)
     scale = one_number(who, "logit_scale", logit_scale, batch.a)
     drawn = batch.shares(who, lam, alpha, 1, per, generator)
     part = _part(batch, mix, drawn, scale, target, negatives)
@@ -119,7 +122,7 @@ class M3MixLoss(Scheduled):
         joint_target: "identity", or "code" for the released target of VL, I + J.
         negatives: "mixed", or "original"; see `unimodal_mix_loss`.
         weight_convention: "paper" as above; "code" counts w twice, as the released code does.
-        accumulate, gather, open_clip: see `M2MixLoss`.
+        normalize, accumulate, gather, open_clip: see `M2MixLoss`.
 
     Reference: Oh et al. 2023, arXiv:2203.03897.
 
@@ -144,11 +147,12 @@ class M3MixLoss(Scheduled):
         joint_target: str = "identity",
         negatives: str = "mixed",
         weight_convention: str = "paper",
+        normalize: bool = True,
         accumulate: int = 1,
         gather: bool = True,
         **open_clip: Any,
     ) -> None:
-        super().__init__(schedule, accumulate, gather, open_clip)
+        super().__init__(schedule, normalize, accumulate, gather, open_clip)
         who = type(self).__name__
         given = {"image": image_weight, "text": text_weight, "joint": joint_weight, "m2": m2_weight}
         self.weights = {name: _check.non_negative(who, f"{name}_weight", value) for name, value in given.items()}
@@ -179,7 +183,7 @@ class M3MixLoss(Scheduled):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features (N, D) and (N, D); see the class."""
         who = type(self).__name__
-        batch = _reversed_batch(who, image_features, text_features, self.gather)
+        batch = _reversed_batch(who, image_features, text_features, self.gather, self.normalize)
         own, scale = batch.own, one_number(who, "logit_scale", logit_scale, batch.a)
         generator = self.drawing(generator) if lam is None else generator
         parts = []
@@ -290,8 +294,8 @@ def _default_target(mix: str) -> str:
     return "identity" if mix == "joint" else "mixed"
 
 
-def _reversed_batch(who: str, image_features: Tensor, text_features: Tensor, gather: bool) -> _Batch:
-    a, b, _, ranks = gathered(who, image_features, text_features, gather)
+def _reversed_batch(who: str, image_features: Tensor, text_features: Tensor, gather: bool, normalize: bool) -> _Batch:
+    a, b, _, ranks = gathered(who, image_features, text_features, gather, normalize)
     rank = rank_and_size()[0] if ranks > 1 else 0
     # Parts of whole pairs of partners, which have no tile in common.
     cuts = [2 * (len(a) // 2 * k // ranks) for k in range(ranks)] + [len(a)]

@@ -28,11 +28,13 @@ def wise_ft(zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], a
 
     Args:
         zero_shot, fine_tuned: state dicts of one architecture, head and running statistics included.
-        alpha: from 0, the zero-shot weights bit by bit, to 1, the fine-tuned ones. The authors try 0, .1, .., 1.
+        alpha: from 0, the zero-shot weights bit by bit, to 1, the fine-tuned ones, whatever the other end holds. The
+            authors try 0, .1, .., 1.
 
     Returns:
         New tensors, in the order of the fine-tuned ones, in their dtypes and on their devices; sums are done in float32
-        or wider. What both have equal stays as it is. Integers and booleans (counters of batches, positions) have
+        or wider. What both have equal stays as it is, the infinities of a mask included; otherwise NaN and infinity in
+        either give no finite number between the ends. Integers and booleans (counters of batches, positions) have
         nothing between them and are the fine-tuned ones, also at alpha = 0. Running statistics are averaged like
         weights; of a model with batch normalisation they are better measured again.
 
@@ -56,10 +58,15 @@ def wise_ft(zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], a
     for key, value in after.items():
         _same_shape(who, key, "zero_shot", before[key], "fine_tuned", value)
     share = torch.tensor(alpha, dtype=torch.float64)
-    return {
-        key: _between(before[key], value, share) if _is_measure(value) else value.clone()
-        for key, value in after.items()
-    }
+    result = {}
+    for key, value in after.items():
+        if alpha == 1.0 or not _is_measure(value):
+            result[key] = value.detach().clone()
+        elif alpha == 0.0:  # not the other end times 0, which NaN and infinity would outlive
+            result[key] = before[key].detach().to(value, copy=True)
+        else:
+            result[key] = _between(before[key], value, share)
+    return result
 
 
 def project(
@@ -83,7 +90,8 @@ def project(
     Returns:
         The fine-tuned state dict with new tensors for the names in `radii`, in their dtypes and on their devices; sums
         are done in float32 or wider. A radius of 0 gives w_0, one that reaches w_1 gives w_1, both bit by bit, and
-        a tensor that was not tuned stays. Differentiable in the radii; where the radius is beyond w_1, the slope is 0.
+        a tensor that was not tuned stays. That is for finite weights: NaN and infinity are at no distance from others,
+        and end as NaN. Differentiable in the radii; where the radius is beyond w_1, the slope is 0.
 
     Raises:
         TypeError: not a mapping of names to tensors, a radius of another kind.
@@ -252,10 +260,11 @@ def _pulled(after: Tensor, before: Tensor, radius: Tensor, norm: str) -> Tensor:
 
 
 def _between(before: Tensor, after: Tensor, share: Tensor) -> Tensor:
-    """The point at `share` of the way, which at 0 and 1 is either end without rounding."""
+    """The point at `share` of the way, which at 0 and 1 is either end without rounding, if both are finite."""
     dtype = after.dtype if after.is_complex() else wide(after.dtype)
-    start, end = before.to(after.device, dtype), after.detach().to(dtype)
-    return torch.lerp(start.detach(), end, share.to(end)).to(after.dtype)
+    start, end = before.detach().to(after.device, dtype), after.detach().to(dtype)
+    # Equal infinities have no difference.
+    return torch.where(start == end, end, torch.lerp(start, end, share.to(end))).to(after.dtype)
 
 
 def _radius(who: str, key: str, radius: Tensor | float) -> Tensor:
