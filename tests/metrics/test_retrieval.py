@@ -71,6 +71,7 @@ def test_ranks_are_those_of_a_sorted_list(seed: int, concepts: int, more: tuple[
         # the smallest rank that half of the queries reach
         median = next(v for v in sorted(values) if 2 * sum(w <= v for w in values) >= len(values))
         assert metrics[f"{name}_median_rank"] == median
+        assert metrics[f"{name}_mrr"] == pytest.approx(sum(1 / v for v in values) / len(values), rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 20])
@@ -140,7 +141,7 @@ def test_every_dtype_and_the_extremes(dtype: torch.dtype) -> None:
 def test_one_pair() -> None:
     found = retrieval_metrics(torch.ones(1, 2), torch.tensor([[-1.0, -1.0]]))
     assert set(found.values()) == {1.0}
-    assert len(found) == 2 * (2 * 3 + 2)
+    assert len(found) == 2 * (2 * 3 + 3)
 
 
 def test_inputs_are_left_alone_and_gradients_are_not_kept() -> None:

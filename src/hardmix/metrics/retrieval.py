@@ -44,7 +44,8 @@ def retrieval_metrics(
 
     Returns:
         dict with, for both directions "image_to_text" and "text_to_image", the keys DIRECTION_recall_K and
-        DIRECTION_median_rank, and the same with "_chance" appended, as Python floats. One pair: recalls and ranks 1.
+        DIRECTION_median_rank, the same with "_chance" appended, and DIRECTION_mrr, the mean of 1 / rank_q, as Python
+        floats. One pair: recalls, ranks and mrr 1.
 
     Raises:
         ValueError: sizes disagree, NaN, infinity or a row of zeros, or a row without a right one on the other side.
@@ -67,6 +68,7 @@ def retrieval_metrics(
         for k in cut:
             found[f"{name}_recall_{k}"] = (ranks <= k).double().mean().item()
             found[f"{name}_recall_{k}_chance"] = _chance(right, len(candidates), k)
+        found[f"{name}_mrr"] = ranks.double().reciprocal().mean().item()
         found[f"{name}_median_rank"] = float(ranks.median())
         found[f"{name}_median_rank_chance"] = float(_chance_median(right, len(candidates)))
     return found
