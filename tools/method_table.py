@@ -32,6 +32,7 @@ from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled
 from hardmix.mixing.draw import PER
 from hardmix.models.build import MODELS, model_options
 from hardmix.models.encoders import ENCODERS, encoder_options
+from hardmix.train.components import BESIDE, NOT_SAID
 from hardmix.train.recipe import Component, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,8 +154,6 @@ PAIR_FORMS = {
 }
 #: batch sizes of these tables, where the result file has more
 PAIR_ROWS = (128, 1024, 4096, 16384, 32768)
-#: what a recipe does not set: it trains on the mean over the pairs of all processes
-NOT_IN_A_RECIPE = ("reduction", "gather", "accumulate", "open_clip")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,9 +242,12 @@ def pair_objectives() -> str:
             does = summary(cls) if cls.__module__ in modules[:at] else summary_of_file(cls)
         usual = inspect.signature(losses.M2MixLoss.forward).parameters
         call = [
-            f"`{key}`" for key in inspect.signature(cls.forward).parameters if key not in usual or _needed(cls, key)
+            f"`{key}`"
+            for key, parameter in inspect.signature(cls.forward).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD and (key not in usual or _needed(cls, key))
         ]
-        settings = [f"`{key}`" for key in inspect.signature(cls).parameters if key not in NOT_IN_A_RECIPE]
+        taken = [key for key in inspect.signature(cls).parameters if key not in NOT_SAID]
+        settings = [f"`{key}`" for key in (*taken, *BESIDE.get(cls, ()))]
         rows.append((card(name), f"`{cls.__name__}`", does, ", ".join(call), ", ".join(settings)))
     return table(("in a recipe", "class", "what it does", "a call also takes", "settings"), rows)
 

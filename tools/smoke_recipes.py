@@ -9,17 +9,35 @@ from pathlib import Path
 
 from hardmix.data.catalog import survey
 from hardmix.data.number_sets import NUMBER_SETS, find_numbers
-from hardmix.train.recipe import load_recipe, shipped
+from hardmix.data.pair_sets import PAIR_SETS
+from hardmix.data.places import installed, usual_places
+from hardmix.models.imagenet import find_weights
+from hardmix.models.towers import MINILM
+from hardmix.train.recipe import Recipe, load_recipe, shipped
+
+
+def lacks_weights(recipe: Recipe) -> bool:
+    """Whether a model is made of published weights that are not here."""
+    image, text = (recipe.model.options.get(side, {}) for side in ("image", "text"))
+    if image.get("weights") and find_weights(image["name"]) is None:
+        return True
+    places = [*usual_places(MINILM[0]), *installed(MINILM[1])]
+    return text.get("name") == "language-model" and "path" not in text and not any(p.is_dir() for p in places)
 
 
 def main() -> int:
     at_hand = {place.entry.name for place in survey() if place.path is not None}
     at_hand |= {name for name in NUMBER_SETS if find_numbers(name).path is not None}
+    for name, pairs in PAIR_SETS.items():
+        if not pairs.yours and (pairs.find is None or pairs.find(None).path is not None):
+            at_hand.add(name)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in shipped():
-            if load_recipe(name).data.name not in at_hand:
-                sys.stdout.write(f"skip  {name} (its data set is not here)\n")
+            recipe = load_recipe(name)
+            if recipe.data.name not in at_hand or lacks_weights(recipe):
+                lacking = "data set is" if recipe.data.name not in at_hand else "weights are"
+                sys.stdout.write(f"skip  {name} (its {lacking} not here)\n")
                 continue
             out = Path(folder) / name
             command = [sys.executable, "-m", "hardmix", "run", name, "--smoke", "--out", str(out)]

@@ -37,8 +37,11 @@ SMOKE = (
     "train.warmup_epochs=0",
     "train.log_every=1",
 )
-#: and for a recipe of two stages, one epoch each
+#: and for a recipe of two stages, one epoch each; of pictures with texts, the measure that takes least, and captions
 SMOKE_STAGES = ("train.epochs=2", "contrast.epochs=1")
+SMOKE_PROBE = ("train.epochs=2", "tune.probe_epochs=1")
+SMOKE_PAIRS = ('eval.parts=["retrieval"]',)
+SMOKE_CAPTIONS = ('eval.parts=["retrieval", "caption"]',)
 
 Sets = Annotated[
     list[str] | None,
@@ -71,8 +74,9 @@ def demo(
 ) -> None:
     """Train none, Mixup, Mixup+DM, CutMix and CutMix+DM on real data that comes with the install; write a report.
 
-    Then, unless --set changes the recipes, three ways to predict a number from a table, with a report beside the first.
-    Takes a few minutes on two cores. The same command goes on where an interrupted one stopped.
+    Then, unless --set changes the recipes, three ways to predict a number from a table, and an image-text model before
+    and after it is tuned, plainly and with m2-Mix, with reports beside the first. Takes a few minutes on two cores.
+    The same command goes on where an interrupted one stopped.
     """
     out = out or Path("runs/demo")
     names = ["demo-none", "demo-mixup", "demo-mixup-dm", "demo-cutmix", "demo-cutmix-dm"]
@@ -81,6 +85,10 @@ def demo(
         names = ["diabetes-l1", "diabetes-c-mixup", "diabetes-supremix"]
         beside = out.with_name(f"{out.name}-numbers")
         _compare(names, seeds, beside, jobs, None, title="What mixing does to the prediction of a number")
+        names = ["emoji-zero-shot", "emoji-clip", "emoji-m2mix"]
+        beside = out.with_name(f"{out.name}-pairs")
+        _compare(names, seeds, beside, jobs, None, title="What tuning does to a model of pictures and texts")
+        _say_where("What texts find, before and after", beside / names[-1] / "seed-0" / "report.html")
 
 
 @app.command()
@@ -98,6 +106,7 @@ def run(
 
     The run folder (default runs/NAME/seed-S) holds recipe.toml, metrics.jsonl, summary.json, checkpoints, report.html.
     """
+    from hardmix.distributed import rank_and_size
     from hardmix.train.errors import RecipeError
     from hardmix.train.loop import run_recipe
     from hardmix.train.recipe import load_recipe
@@ -111,15 +120,15 @@ def run(
         loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
-        contrast = load_recipe(str(recipe), sets).contrast if smoke else None
-        stages = SMOKE_STAGES if contrast is not None and contrast.epochs else ()
-        loaded = load_recipe(str(recipe), [*(sets or []), *(SMOKE if smoke else ()), *stages])
+        shortened = _shortened(load_recipe(str(recipe), sets)) if smoke else ()
+        loaded = load_recipe(str(recipe), [*(sets or []), *shortened])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
     with _one_bar(loaded.name) as tell:
         summary = run_recipe(loaded, folder, resume=resume is not None, progress=tell)
-    _print_summary(summary)
-    _say_where("Report", folder / "report.html")
+    if rank_and_size()[0] == 0:  # of several processes, one tells
+        _print_summary(summary)
+        _say_where("Report", folder / "report.html")
 
 
 @app.command()
@@ -150,7 +159,9 @@ def evaluate(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images that --robustness changes.")] = 1500,
     task: Annotated[
         str,
-        typer.Option("--task", help="Of an image-text run: retrieval, calibration, zeroshot, arithmetic, or geometry."),
+        typer.Option(
+            "--task", help="Of an image-text run: retrieval, calibration, zeroshot, arithmetic, geometry, or caption."
+        ),
     ] = "",
 ) -> None:
     """Measure a trained run on its test split again, from a checkpoint.
@@ -169,9 +180,10 @@ def evaluate(
     _is_run(run_folder)
     checkpoint = checkpoint or _recipes_choice(run_folder)
     if task:
-        from hardmix.train.pair_eval import pair_lines
+        from hardmix.train.pair_eval import pair_tables
 
-        _print_lines(*pair_lines(run_folder, checkpoint, data_path, task))
+        for heads, lines in pair_tables(run_folder, checkpoint, data_path, task):
+            _print_lines(heads, lines)
         return
     result = evaluate_run(run_folder, checkpoint, data_path)
     _print_metrics(result["test"], f"{result['name']}, checkpoint of step {result['step']}")
@@ -233,6 +245,11 @@ def data() -> None:
         if pairs.yours:
             missing.append((pairs.name, pairs.get, ()))
         found = "" if pairs.yours else "[green]hardmix[/green]"
+        if pairs.find is not None:
+            where = pairs.find(None)
+            found = "no" if where.path is None else f"[green]{escape(str(where.path))}[/green]"
+            if where.path is None:
+                missing.append((pairs.name, pairs.get, where.looked))
         table.add_row(escape(pairs.name), escape(pairs.title), count, escape(pairs.license), found)
     console.print(table)
     for name, get, looked in missing:
@@ -375,6 +392,14 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
     _say_where("Report", out / "report.html")
 
 
+def _shortened(recipe: Any) -> tuple[str, ...]:
+    """What --smoke sets in a recipe."""
+    staged = SMOKE_STAGES if recipe.contrast is not None and recipe.contrast.epochs else ()
+    probed = SMOKE_PROBE if recipe.tune.probe_epochs else ()
+    measured = SMOKE_CAPTIONS if recipe.model.name == "coca" else SMOKE_PAIRS
+    return (*SMOKE, *staged, *probed, *(measured if recipe.task == "image-text" else ()))
+
+
 def _is_run(folder: Path) -> None:
     """A run folder, or one sentence that says what it is instead."""
     if (folder / "comparison.json").is_file():
@@ -506,6 +531,10 @@ TITLES = {
     "shift_recall_1": "shift R@1 %", "shift_recall_5": "shift R@5 %", "shift_ece": "shift ECE %",
     "seen_shift_recall_5": "seen, shift R@5 %", "zeroshot": "zero-shot %", "shift_zeroshot": "shift zero-shot %",
     "fewshot_4": "4-shot %", "shift_fewshot_4": "shift 4-shot %", "arithmetic": "arithmetic %", "gap": "gap",
+    "caption_exact": "caption exact %", "caption_edit_distance": "caption edits", "caption_bleu_4": "BLEU-4 %",
+    "caption_cider": "CIDEr", "shift_caption_exact": "shift caption exact %",
+    "shift_caption_edit_distance": "shift caption edits", "shift_caption_bleu_4": "shift BLEU-4 %",
+    "shift_caption_cider": "shift CIDEr",
 }  # fmt: skip
 
 
@@ -513,6 +542,8 @@ TITLES = {
 IN_THE_REPORT = (
     *("top5", "gm", "pearson", "local_linearity", "recall_10", "median_rank", "shift_recall_1"),
     *("seen_shift_recall_5", "shift_zeroshot", "shift_fewshot_4", "gap"),
+    *("caption_bleu_4", "shift_caption_exact", "shift_caption_bleu_4", "shift_caption_cider"),
+    "shift_caption_edit_distance",
 )
 
 

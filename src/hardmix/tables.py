@@ -71,4 +71,5 @@ PAIR_OBJECTIVES: dict[str, type] = {
     "un-mix": losses.UnMixLoss,
     "carot": losses.CaRotLoss,
     "lipsum": losses.LipsumLoss,
+    "coca": losses.CoCaLoss,
 }

@@ -222,13 +222,14 @@ def test_an_interrupted_comparison_keeps_checkpoints_leaves_no_workers_and_goes_
     assert not left
 
 
-def test_demo_compares_images_and_then_numbers(cli, monkeypatch, tmp_path):
+def test_demo_compares_images_numbers_and_texts(cli, monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr("hardmix.cli._compare", lambda names, seeds, out, *rest, **title: told.append((names[0], out)))
     assert cli("demo", "--out", str(tmp_path / "here"))[0] == 0
-    assert told == [("demo-none", tmp_path / "here"), ("diabetes-l1", tmp_path / "here-numbers")]
+    here = [tmp_path / name for name in ("here", "here-numbers", "here-pairs")]
+    assert told == list(zip(["demo-none", "diabetes-l1", "emoji-zero-shot"], here, strict=True))
     assert cli("demo", "--set", "train.epochs=1")[0] == 0
-    assert [name for name, _ in told[2:]] == ["demo-none"]
+    assert [name for name, _ in told[3:]] == ["demo-none"]
 
 
 @pytest.mark.filterwarnings("default")

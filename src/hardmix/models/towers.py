@@ -69,12 +69,24 @@ class PictureEncoder(nn.Module):
         self.scale = ChannelScale(mean, std)
         self.model = model
 
+    @property
+    def num_features(self) -> int:
+        """Channels of the backbone's last map."""
+        return int(self.model.num_features)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
+        return self.model(self._ready(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone's last map (N, C, h, w), or its tokens (N, T, C)."""
+        return self.model.forward_features(self._ready(x))  # type: ignore[operator]
+
+    def _ready(self, x: Tensor) -> Tensor:
         x = layers.images("image_tower", x, 3)
         side = (self.input_size, self.input_size)
         if self.input_size and x.shape[-2:] != side:
             x = F.interpolate(x, side, mode="bilinear", antialias=True)
-        return self.model(self.scale(x))
+        return self.scale(x)
 
 
 def image_tower(name: str, options: Mapping[str, Any], *, image_size: int, pretrained: bool = True) -> Tower:

@@ -26,12 +26,13 @@ from hardmix.report.text import (
     visible,
 )
 
-#: Searches, entries of a table and cut-offs that are shown.
-EXAMPLES, FOUND, ENTRIES, CUTS = 8, 5, 40, 5
+#: Searches, entries of a table, cut-offs and captions that are shown.
+EXAMPLES, FOUND, ENTRIES, CUTS, CAPTIONS = 8, 5, 40, 5, 8
 PARTS = {"unseen": "Unseen concepts", "seen": "Seen concepts"}
 DIRECTIONS = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
 PLACES = ("1st", "2nd", "3rd", "4th", "5th")
 GEOMETRY = ("gap", "alignment", "uniformity")
+AGREEMENT = ("exact", "edit_distance", "bleu_4", "cider")
 
 
 class Found(NamedTuple):
@@ -58,6 +59,22 @@ class Example(NamedTuple):
     views: list[View]
 
 
+class Caption(NamedTuple):
+    """A picture, what was written for it, and its own text."""
+
+    picture: Markup | None
+    found: str
+    right: str
+
+
+class Captions(NamedTuple):
+    """How well captions agree, and some of them."""
+
+    about: str
+    tables: list[Table]
+    examples: list[Caption]
+
+
 def section(run: RunFolder, notes: list[str]) -> dict[str, Any] | None:
     """What pairs.html.j2 asks for; None where the summary has nothing of it. What can't be shown becomes a note."""
     summary = run.summary
@@ -65,6 +82,7 @@ def section(run: RunFolder, notes: list[str]) -> dict[str, Any] | None:
         "metrics": metrics(summary.get("test"), summary.get("before")),
         "tables": retrieval(summary.get("retrieval")),
         "examples": examples(run, notes),
+        "captions": captions(run, notes),
         "calibration": pair_plots.calibration(summary.get("calibration")),
         "shots": pair_plots.few_labels(summary.get("test"), summary.get("before")),
         "arithmetic": pair_plots.arithmetic(summary.get("arithmetic")),
@@ -165,6 +183,46 @@ def examples(run: RunFolder, notes: list[str]) -> list[Example]:
     return shown
 
 
+def captions(run: RunFolder, notes: list[str]) -> Captions | None:
+    """Agreement by style and by how captions were searched for, and pictures with theirs; None where there is none."""
+    stored = run.summary.get("captions")
+    beams, unit = number(dig(stored, "beams")), dig(stored, "unit")
+    counted = {"word": "words", "character": "characters"}.get(unit if isinstance(unit, str) else "", "tokens")
+    searches = {"greedy": "greedy", "beam": "beams" if beams is None else f"{count(beams)} beams"}
+    lines = [line for line in _list(stored, "lines")[:ENTRIES] if isinstance(line, dict)]
+    tables = []
+    for part in dict.fromkeys(str(line.get("part")) for line in lines):
+        own = [line for line in lines if str(line.get("part")) == part]
+        rows = [row for line in own for row in _caption_rows(line, searches)]
+        if rows:
+            heads = [Head(metric(f"caption_{key}").label) for key in AGREEMENT]
+            tables.append(Table(PARTS.get(part, visible(part)), "", heads, rows))
+    found = [line for line in _list(stored, "examples")[:CAPTIONS] if isinstance(line, dict)]
+    places = [_row(line.get("row")) for line in found]
+    pictures = _pictures(run.path / "gallery.safetensors", set(places) - {None}, notes) if found else {}
+    shown = [
+        Caption(None if place is None else pictures.get(place), visible(line["found"]), visible(line["right"]))
+        for place, line in zip(places, found, strict=True)
+        if isinstance(line.get("found"), str) and isinstance(line.get("right"), str)
+    ]
+    about = f"Agreement is counted in {counted}. Greedy: the most probable next one, again and again."
+    return Captions(about, tables, shown) if tables or shown else None
+
+
+def _caption_rows(line: dict[str, Any], searches: dict[str, str]) -> list[Row]:
+    """Each search of one style, as far as there are numbers."""
+    size, style, rows = number(line.get("pictures")), line.get("style"), []
+    about = "" if size is None else f"{count(size)} pictures"
+    if line.get("shift") is True:
+        about += f"{', ' if about else ''}not a style of this training"
+    for key, name in searches.items():
+        values = {measure: number(dig(line, key, measure)) for measure in AGREEMENT}
+        if any(value is not None for value in values.values()):
+            cells = [Cell(show(f"caption_{measure}", value)) for measure, value in values.items()]
+            rows.append(Row(f"{visible(style, 60)}: {name}" if style else name, about, cells))
+    return rows
+
+
 def _found(picks: list[int | None], own: int | None, pictures: dict[int, Markup]) -> list[Found]:
     found = []
     for place, row in zip(PLACES, picks, strict=False):
@@ -176,8 +234,13 @@ def _found(picks: list[int | None], own: int | None, pictures: dict[int, Markup]
 
 def _pictures(path: Path, rows: set[Any], notes: list[str]) -> dict[int, Markup]:
     """data: URIs of these rows of the gallery's pictures, as far as they are there."""
+
+    def tell(problem: str) -> None:
+        if problem not in notes:
+            notes.append(problem)
+
     if not path.is_file():
-        notes.append(f"{path.name} is missing: no examples are shown.")
+        tell(f"{path.name} is missing: no examples are shown.")
         return {}
     from safetensors import SafetensorError, safe_open
 
@@ -189,7 +252,7 @@ def _pictures(path: Path, rows: set[Any], notes: list[str]) -> dict[int, Markup]
                 raise ValueError("no pictures")
             return {row: data_uri(picture(stored[row : row + 1][0])) for row in sorted(rows) if row < shape[0]}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        notes.append(f"{path.name} can't be read ({type(error).__name__}): no examples are shown.")
+        tell(f"{path.name} can't be read ({type(error).__name__}): no examples are shown.")
         return {}
 
 

@@ -62,6 +62,7 @@ METRICS = {
         "in distances to these",
         lower_is_better=True,
     ),
+    "mrr": Metric("MRR", "mean of one over the place of the right one, over all searches in both directions"),
     "median_rank": Metric(
         "median rank",
         "place at which half of the searches have found the right one; mean of both directions",
@@ -69,7 +70,7 @@ METRICS = {
     ),
     "zeroshot": Metric(
         "zero-shot top-1",
-        "share of test pictures whose class is the one with the nearest prompt; no labelled picture is used",
+        "share of test pictures whose class is the one with the nearest prompt, or a trained head's first",
         percent=True,
     ),
     "zeroshot_ece": Metric(
@@ -86,6 +87,16 @@ METRICS = {
         "by how much texts are nearer to their own picture than to the nearest other one, in squared distances",
     ),
     "uniformity": Metric("uniformity", "how evenly pictures and texts together are spread over the sphere"),
+    "caption_exact": Metric(
+        "exact captions", "share of captions that are one of the picture's own texts, to the last token", percent=True
+    ),
+    "caption_edit_distance": Metric(
+        "edit distance",
+        "share of a caption's tokens that would have to change for it to be the nearest of the picture's own texts",
+        lower_is_better=True,
+    ),
+    "caption_bleu_4": Metric("BLEU-4", "share of runs of one to four tokens that the own texts have too", percent=True),
+    "caption_cider": Metric("CIDEr-D", "likeness of such runs from 0 to 10; those that few pictures have count more"),
     "gap": Metric("modality gap", "distance between the centres of pictures and of texts", neutral=True),
 }
 
@@ -100,6 +111,7 @@ PAIR_GROUPS = {
     "unseen": ("Unseen concepts, trained styles", "Retrieval among concepts that are not of this run's training."),
     "shift": ("Unseen concepts, other styles", "The same in styles that are not of this run's training."),
     "seen": ("Seen concepts, other styles", "Retrieval among concepts of the training, in styles that are not of it."),
+    "captions": ("Captions", "What is written for pictures of unseen concepts, by beam search."),
     "classes": ("Classification", "Into classes, from texts alone (zero-shot) or from few labelled pictures."),
     "geometry": ("Geometry of the embeddings", "Where pictures and texts lie on the unit sphere."),
     "other": ("Other metrics", ""),
@@ -161,6 +173,7 @@ PAIR_TITLES = {
     "un-mix": "Un-Mix",
     "carot": "CaRot",
     "lipsum": "Lipsum-FT",
+    "coca": "CoCa",
 }
 TITLES |= PAIR_TITLES
 
@@ -241,9 +254,11 @@ def pair_group(key: str) -> str:
     start, here = pair_place(key)
     if here.startswith(("zeroshot", "fewshot_")):
         return "classes"
+    if here.startswith("caption_"):
+        return "captions"
     if here in ("arithmetic", "alignment", "uniformity", "gap"):
         return "geometry"
-    if here.startswith("recall_") or here in ("median_rank", "ece"):
+    if here.startswith("recall_") or here in ("median_rank", "mrr", "ece"):
         return {"": "unseen", "shift_": "shift", "seen_shift_": "seen"}[start]
     return "other"
 

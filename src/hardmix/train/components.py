@@ -20,6 +20,12 @@ from hardmix.mixing.pairing import LabelKernel
 MIXTURE_COMPONENTS = 8
 #: of Lipsum-FT where a recipe says nothing: how much it weighs beside the cross entropy, and its texts
 LIPSUM = {"weight": 0.1, "texts": 80}
+#: of CoCa where a recipe says nothing: the weight of m2-Mix in its contrast
+COCA = {"mixing": 0.0}
+#: objectives of pairs that a recipe tells more than their class takes
+BESIDE: dict[type, Mapping[str, Any]] = {losses.LipsumLoss: LIPSUM, losses.CoCaLoss: COCA}
+#: what a recipe does not say of them
+NOT_SAID = ("gather", "accumulate", "open_clip", "reduction", "contrastive", "padding")
 
 
 class Component(BaseModel):
@@ -88,11 +94,15 @@ def build_pair_objective(component: Component) -> Any:
     """The objective of image-text pairs that a recipe names."""
     cls = entry("objective of pairs", component.name, tables.PAIR_OBJECTIVES)
     _check_mean(component)
-    known = [name for name in _parameters(cls) if name not in ("gather", "accumulate", "open_clip", "reduction")]
+    known = [name for name in _parameters(cls) if name not in NOT_SAID]
     options = component.options
     options.pop("reduction", None)
-    check_options("objective", component.name, [*known, *LIPSUM] if cls is losses.LipsumLoss else known, options)
-    return cls(**{key: value for key, value in options.items() if key in known})
+    check_options("objective", component.name, [*known, *BESIDE.get(cls, ())], options)
+    own = {key: value for key, value in options.items() if key in known}
+    if cls is losses.CoCaLoss:
+        mixing = _check.non_negative("CoCaLoss", "mixing", options.get("mixing", COCA["mixing"]))
+        own["contrastive"] = losses.M2MixLoss(weight=mixing) if mixing else None
+    return cls(**own)
 
 
 def lipsum_options(component: Component) -> tuple[float, int]:

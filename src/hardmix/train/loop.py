@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
-from hardmix.distributed import from_first, largest, mean_over_ranks, my_part
+from hardmix.distributed import from_first, largest, mean_over_ranks, my_part, rows_from_first
 from hardmix.models.pair_model import layer_depths
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
@@ -63,11 +63,13 @@ def run_recipe(
         RunError: the folder holds another run, another process trains into it, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    prepare_start(recipe, progress)
     accelerator = _accelerator(recipe)
     first = accelerator.is_main_process
     if problem := from_first(_problem_with(recipe, folder, resume) if first else None):
         raise RunError(problem)
+    if recipe.tune.start and not from_first((folder / "summary.json").is_file()):
+        prepare_start(recipe, progress)  # by all processes together, with an accelerator of its own
+        accelerator = _accelerator(recipe)
     with ExitStack() as stack:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -302,6 +304,7 @@ class _Run:
         epoch = round(self.schedule.epochs_done(self.step))
         last = self.step == self.steps
         improved = False
+        self._agree()
         self.task.end_epoch(self.accelerator.unwrap_model(self.model), self.device)
         if last or epoch % self.recipe.eval.every == 0:
             with self.accelerator.autocast():
@@ -315,6 +318,13 @@ class _Run:
                     self.best, self.best_step = self.task.sign * self.validation[self.task.score], self.step
         if last or improved or epoch % self.recipe.train.checkpoint_every == 0:
             self._save(started)
+
+    def _agree(self) -> None:
+        """What batch norms track is each process's own; all go on with that of the first, which checkpoints hold."""
+        if self.accelerator.num_processes > 1:
+            for module in (self.task.model, *([] if self.ema is None else [self.ema])):
+                for buffer in module.buffers():
+                    buffer.copy_(rows_from_first(buffer))
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -428,9 +438,10 @@ def _accelerator(recipe: Recipe) -> Any:
     # The state is shared by a process, and a process may train several recipes one after another.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
-    # A stage of a contrast leaves the head or the encoder without gradient, which the processes would wait for.
-    stages = recipe.contrast is not None or recipe.tune.probe_epochs > 0
-    unused = DistributedDataParallelKwargs(find_unused_parameters=stages)
+    # A stage of a contrast leaves the head or the encoder without gradient, a map that of an encoder's last norm, which
+    # the processes would wait for.
+    some = recipe.contrast is not None or recipe.tune.probe_epochs > 0 or recipe.model.name == "coca"
+    unused = DistributedDataParallelKwargs(find_unused_parameters=some)
     return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None, kwargs_handlers=[unused])
 
 

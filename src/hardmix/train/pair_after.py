@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hardmix.losses import clip_loss
-from hardmix.models.pair_model import PairModel
+from hardmix.models.pair_captioner import PairNet
 from hardmix.train.recipe import Recipe
 from hardmix.train.weight_space import fit_radii, project, wise_ft
 
@@ -22,16 +22,16 @@ TPGM_STEPS, TPGM_BATCH = 100, 128
 class After(NamedTuple):
     """The model to measure, how far its embeddings are shifted, and what was chosen, for the summary."""
 
-    model: PairModel
+    model: PairNet
     shift: float
     chosen: dict[str, float]
 
 
 def after_tuning(
     recipe: Recipe,
-    model: PairModel,
+    model: PairNet,
     start: Mapping[str, Tensor] | None,
-    score: Callable[[PairModel, float], float],
+    score: Callable[[PairNet, float], float],
     pairs: Sequence[tuple[Tensor, Tensor]],
 ) -> After:
     """Apply `tune.after`.
@@ -65,7 +65,7 @@ def after_tuning(
         held.load_state_dict(project(tuned, before, radii))
         return After(held, 0.0, {"radii": float(sum(radius.item() for radius in radii.values()))})
 
-    def at(alpha: float) -> PairModel:
+    def at(alpha: float) -> PairNet:
         held.load_state_dict(wise_ft(before, tuned, alpha))
         return held
 

@@ -19,7 +19,7 @@ OF_MIXTURES = (IMixLoss, UnMixLoss)
 def check_pairs(recipe: Recipe) -> None:
     """Raises ValueError with the first thing that does not fit."""
     tune, name = recipe.tune, recipe.objective.name
-    check_pair_options(recipe.model.options)
+    check_pair_options(recipe.model.name, recipe.model.options)
     _check_objective(recipe)
     mixes = tables.PAIR_OBJECTIVES.get(name) in OF_MIXTURES
     if mixes and recipe.policy is None:
@@ -42,14 +42,36 @@ def check_pairs(recipe: Recipe) -> None:
         )
     if tune.after in ("wise-ft", "tpgm") and not tune.start:
         raise ValueError(f"tune.after={tune.after} goes back towards the start, and tune.start names none")
+    if tune.lora:
+        _check_lora(recipe)
     if recipe.contrast is not None or recipe.density.lds or recipe.density.fds:
         raise ValueError("contrast and density are sections of regression recipes; leave them out")
     if recipe.data.imbalance > 1.0:
         raise ValueError("data.imbalance is for sets of numbers; leave it out")
 
 
+def _check_lora(recipe: Recipe) -> None:
+    tune = recipe.tune
+    if recipe.model.name == "coca":
+        raise ValueError('tune.lora adapts two towers, which model "coca" has not; set tune.lora=0')
+    held = {*tune.freeze, *(["text"] if tune.head else [])}
+    if tune.head and tune.probe_epochs == recipe.train.epochs:
+        held.add("image")
+    if {"image", "text"} <= held:
+        raise ValueError("tune.lora adapts towers, and both are held by tune.freeze or tune.head; set tune.lora=0")
+
+
 def _check_objective(recipe: Recipe) -> None:
     name, head = recipe.objective.name, recipe.tune.head
+    if recipe.model.name == "coca" and name != "coca":
+        raise ValueError(
+            f'model "coca" learns captions, which objective "{name}" knows nothing of; set objective.name=coca, which '
+            "contrasts pictures and texts too"
+        )
+    if name == "coca" and recipe.model.name != "coca":
+        raise ValueError(
+            f'objective "coca" is of captions, and model "{recipe.model.name}" writes none; set model.name=coca'
+        )
     if head and name != "lipsum" and name not in tables.OBJECTIVES:
         known = ", ".join([*tables.OBJECTIVES, "lipsum"])
         raise ValueError(f'tune.head trains a classifier, and objective "{name}" is none of one; take {known}')

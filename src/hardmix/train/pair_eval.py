@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hardmix import _check
+from hardmix.models.pair_captioner import PairCaptioner
 from hardmix.train.evaluate import load_run
+from hardmix.train.pair_captions import MEASURES, SEARCHES
 from hardmix.train.pair_measures import CUTS, DIRECTIONS, PARTS, SHOTS
 from hardmix.train.tasks.image_text import ImageText, _pair_model
 
@@ -14,25 +16,35 @@ ANALOGIES = ("recall_1", "recall_5", "recall_1_without_text")
 Lines = tuple[list[str], list[list[str]]]
 
 
-def pair_lines(folder: Path, which: str = "last", data_path: str = "", task: str = "retrieval") -> Lines:
-    """Heads and lines of a table.
+def pair_tables(folder: Path, which: str = "last", data_path: str = "", task: str = "retrieval") -> list[Lines]:
+    """Heads and lines of one table, for captions of a second one with examples.
 
     Args:
         folder, which, data_path: as for `load_run`.
         task: one of `hardmix.train.pair_measures.PARTS`.
 
     Raises:
-        ValueError: an unknown task, a run of another kind, or a set that has nothing for it (classes, analogies).
+        ValueError: an unknown task, a run of another kind, a set that has nothing for it (classes, analogies), or a
+            model that writes no captions.
     """
     _check.choice("eval", "--task", task, PARTS)
     run = load_run(folder, which, data_path)
     if not isinstance(run.task, ImageText):
         raise ValueError(f"eval: --task {task} is for image-text runs, but {folder} is of task {run.task.recipe.task}.")
     after = run.task.after(_pair_model(run.model), run.device)
+    if task == "caption" and not isinstance(after.model, PairCaptioner):
+        raise ValueError(
+            f"eval: model {run.task.recipe.model.name} writes no captions; take a run of model coca for --task caption."
+        )
     found = run.task.measures(after.model, run.device, after.shift).test([task])
     if not found["test"]:
         raise ValueError(f"eval: {run.task.data.pairs.name} has nothing for --task {task}; take another one.")
-    return _TABLES[task](found)
+    tables = [_TABLES[task](found)]
+    if task == "caption":
+        of_picture = run.task.data.pairs.ids
+        lines = [[of_picture[line["row"]], line["found"], line["right"]] for line in found["captions"]["examples"]]
+        tables.append((["picture", f"caption found by {found['captions']['beams']} beams", "right"], lines))
+    return tables
 
 
 def _retrieval(found: dict[str, Any]) -> Lines:
@@ -89,10 +101,33 @@ def _geometry(found: dict[str, Any]) -> Lines:
     return ["measure", "value"], [[key, f"{value:.4f}"] for key, value in found["test"].items()]
 
 
+def _captions(found: dict[str, Any]) -> Lines:
+    of = found["captions"]
+    heads = ["pictures", "style", "search", "exact %", "edit distance", "BLEU-4 %", "CIDEr", "captions"]
+    lines = []
+    for line in of["lines"]:
+        for name, beams in SEARCHES.items():
+            exact, distance, bleu, cider = (line[name][key] for key in MEASURES)
+            lines.append(
+                [
+                    "of the training" if line["part"] == "seen" else "unseen",
+                    line["style"] + (" (shift)" if line["shift"] else ""),
+                    name if beams == 1 else f"{beams} beams",
+                    f"{100 * exact:.1f}",
+                    f"{distance:.3f}",
+                    f"{100 * bleu:.1f}",
+                    f"{cider:.2f}",
+                    str(line["pictures"]),
+                ]
+            )
+    return heads, lines
+
+
 _TABLES = {
     "retrieval": _retrieval,
     "calibration": _calibration,
     "zeroshot": _classes,
     "arithmetic": _arithmetic,
     "geometry": _geometry,
+    "caption": _captions,
 }

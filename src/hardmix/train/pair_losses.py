@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from hardmix.distributed import gather_rows, gather_with_gradient, rank_and_size
 from hardmix.losses import (
     CaRotLoss,
     ClipLoss,
+    CoCaLoss,
     IMixLoss,
     LipsumLoss,
     M2MixLoss,
@@ -22,10 +22,11 @@ from hardmix.losses import (
     UnMixLoss,
 )
 from hardmix.mixing import MixPlan
-from hardmix.models.pair_model import PairModel, PairOutput
+from hardmix.models.pair_captioner import PairNet
+from hardmix.models.pair_model import PairOutput
 
 #: these compare the pairs of all processes themselves
-GATHERING = (ClipLoss, SigLipLoss, M2MixLoss, M2MixSigLipLoss, M3MixLoss)
+GATHERING = (ClipLoss, SigLipLoss, M2MixLoss, M2MixSigLipLoss, M3MixLoss, CoCaLoss)
 MIXED = (M2MixLoss, M2MixSigLipLoss, M3MixLoss)
 SIGMOID = (SigLipLoss, M2MixSigLipLoss)
 #: decay of CaRot's teacher at each step
@@ -40,10 +41,15 @@ class PairObjective(nn.Module):
         model: the model at its start.
         lipsum: for Lipsum-FT, the cross entropy of the head, its weight, and texts (inputs of the tower) that mean
             nothing.
+        reference: for Lipsum-FT, the model as training began; a resumed run has another one by now.
     """
 
     def __init__(
-        self, objective: nn.Module, model: PairModel, lipsum: tuple[nn.Module, float, Tensor] | None = None
+        self,
+        objective: nn.Module,
+        model: PairNet,
+        lipsum: tuple[nn.Module, float, Tensor] | None = None,
+        reference: PairNet | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -51,21 +57,14 @@ class PairObjective(nn.Module):
         if isinstance(objective, CaRotLoss):
             self.teacher = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(TEACHER_DECAY), use_buffers=True)
         # Not registered: it is as the run began, which a checkpoint need not say again.
-        self.reference: list[PairModel] = [copy.deepcopy(model).eval()] if lipsum is not None else []
+        self.reference: list[PairNet] = [] if reference is None else [reference]
         self.lipsum = lipsum
-
-    def start(self, model: PairModel) -> None:
-        """Tell the weights that training begins with, once they are known."""
-        if self.teacher is not None:
-            self.teacher.module.load_state_dict(model.state_dict())
-        for reference in self.reference:
-            reference.load_state_dict(model.state_dict())
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.objective, MIXED):
             self.objective.set_epoch(epoch)
 
-    def follow(self, model: PairModel) -> None:
+    def follow(self, model: PairNet) -> None:
         """After each step: the teacher moves towards the model."""
         if self.teacher is not None:
             self.teacher.update_parameters(model)
@@ -100,12 +99,12 @@ class PairObjective(nn.Module):
         inputs: tuple[Tensor, Tensor],
         plan: MixPlan | None,
         mixed: Tensor | None,
-        model: PairModel,
+        model: PairNet,
     ) -> Tensor:
         """Loss of matching pictures and texts.
 
         Args:
-            found: features of this process's pictures and texts.
+            found: features of this process's pictures and texts, and the logits of captions.
             bias: of the logits, where the model has one.
             shared: draws that all processes have alike.
             inputs: what the features were made of.
@@ -116,6 +115,9 @@ class PairObjective(nn.Module):
         a, b, scale = found.image, found.text, found.scale
         assert a is not None
         assert b is not None
+        if isinstance(self.objective, CoCaLoss):
+            draws = {"generator": shared} if isinstance(self.objective.contrastive, MIXED) else {}
+            return self.objective(a, b, found.logits, scale, inputs[1], **draws)
         if isinstance(self.objective, MIXED):
             return self.objective(a, b, scale, bias, generator=shared)
         if isinstance(self.objective, GATHERING):
@@ -159,7 +161,7 @@ def _part_of(scale: Tensor, size: int) -> Tensor:
     return scale if size == 1 else scale / size + (scale * (1.0 - 1.0 / size)).detach()
 
 
-def _projections(model: PairModel, size: int) -> tuple[Tensor, Tensor]:
+def _projections(model: PairNet, size: int) -> tuple[Tensor, Tensor]:
     """(width, D) of both towers, each with its part of the gradient."""
     weights: list[Any] = []
     for projection in (model.image_projection, model.text_projection):

@@ -14,11 +14,12 @@ from hardmix.metrics.arithmetic import arithmetic_metrics, choose_scale
 from hardmix.metrics.pair_calibration import fit_query_temperature, query_calibration, retrieval_calibration
 from hardmix.metrics.retrieval import retrieval_metrics
 from hardmix.metrics.zero_shot import class_features, few_shot_metrics, zero_shot_metrics
+from hardmix.train.pair_captions import Writer, measure_captions
 from hardmix.train.seeds import generator
 from hardmix.train.tasks.pair_data import PairData
 
 #: the parts of a measurement, by which `hardmix eval --task` names them
-PARTS = ("retrieval", "calibration", "zeroshot", "arithmetic", "geometry")
+PARTS = ("retrieval", "calibration", "zeroshot", "arithmetic", "geometry", "caption")
 DIRECTIONS = ("image_to_text", "text_to_image")
 CUTS = (1, 5, 10)
 SHOTS, DRAWS = (1, 4, 16), 3
@@ -46,6 +47,7 @@ class PairMeasures:
         class_rows: (C, D) what stands for each class in the space of the features; None where there are no classes.
         shift: how far both modalities are moved towards each other, see `embedding_shift`, along the gap of the
             training pairs.
+        writer: of captions; None for a model that writes none.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class PairMeasures:
         scale: float,
         class_rows: Tensor | None,
         shift: float = 0.0,
+        writer: Writer | None = None,
     ) -> None:
         self.data, self.scale, self.class_rows, self.shift = data, scale, class_rows, shift
-        self._images, self._texts = images, texts
+        self._images, self._texts, self._writer = images, texts, writer
         self._gap: Tensor | None = None
         if shift:
             train = self._encode(data.rows["train"])
@@ -103,6 +106,8 @@ class PairMeasures:
             paired = _one_each(unseen[own[0]])
             test |= alignment_metrics(*paired)
             result["sphere"] = _sphere(*paired)
+        if "caption" in wanted and self._writer is not None:
+            result["captions"] = measure_captions(self.data, self._writer, test)
         return result
 
     def _all_retrieval(self, unseen: dict[str, Encoded], test: dict[str, float]) -> list[dict[str, Any]]:
@@ -258,7 +263,9 @@ def _sides(encoded: Encoded, direction: str) -> tuple[tuple[Tensor, Tensor], tup
 def _recalls(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Means over both directions, and over the lines."""
     found = {f"recall_{k}": _mean(line[f"{d}_recall_{k}"] for line in lines for d in DIRECTIONS) for k in CUTS}
-    return found | {"median_rank": _mean(line[f"{d}_median_rank"] for line in lines for d in DIRECTIONS)}
+    for key in ("median_rank", "mrr"):
+        found[key] = _mean(line[f"{d}_{key}"] for line in lines for d in DIRECTIONS)
+    return found
 
 
 def _one_each(encoded: Encoded) -> tuple[Tensor, Tensor]:

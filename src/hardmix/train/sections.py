@@ -79,6 +79,7 @@ class DataSection(Section):
     )
     labels: str = Field("", description="table with the numbers or captions of a folder's files")
     inputs: str = Field("", description="column of file names or texts, array of series or volumes; empty: found")
+    max_length: int = Field(0, ge=0, description="leave out samples of inchi whose text has more characters; 0: none")
     captions: Literal["all", "first"] = Field(
         "all", description="of a picture with several texts, train on one by chance, or on the first"
     )
@@ -261,6 +262,12 @@ class TuneSection(Section):
     layer_decay: Float = Field(
         1.0, gt=0.0, le=1.0, description="factor on the learning rate for each layer further from the end of a tower"
     )
+    lora: int = Field(
+        0,
+        ge=0,
+        description="rank of adapters (LoRA) that are trained in the layers of towers instead of their weights, unless "
+        "freeze holds the tower; needs peft. 0: the weights themselves",
+    )
     texts: Literal["captions", "classes"] = Field(
         "captions", description="what pictures are matched with: their texts, or prompts with their class, as in FLYP"
     )
@@ -293,3 +300,6 @@ class EvalSection(Section):
     every: int = Field(1, ge=1, description="epochs between two evaluations")
     batch_size: int = Field(500, ge=1, description="samples that are evaluated at once")
     checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
+    parts: list[str] = Field(
+        default_factory=list, description="of an image-text run, what is measured at the end; empty: everything"
+    )

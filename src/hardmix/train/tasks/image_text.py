@@ -11,30 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardmix.data.characters import PADDING, CaptionTokenizer
 from hardmix.data.numbers import as_floats
 from hardmix.data.prompts import prompts
 from hardmix.data.views import Augment
 from hardmix.distributed import gather_rows, my_part
-from hardmix.losses import SoftCrossEntropyLoss, UnMixLoss
+from hardmix.losses import CoCaLoss, SoftCrossEntropyLoss, UnMixLoss
 from hardmix.mixing import MixPlan
+from hardmix.models.decoding import generate
+from hardmix.models.lora import add_lora, hold_towers, without_lora
 from hardmix.models.pair_build import build_pair_model
+from hardmix.models.pair_captioner import PairCaptioner, PairNet
 from hardmix.models.pair_model import PARTS as MODEL_PARTS
 from hardmix.models.pair_model import PairModel, PairOutput
 from hardmix.train.cached_gradients import cached_step
-from hardmix.train.components import build_objective, build_pair_objective, build_policy, lipsum_options
+from hardmix.train.components import build_objective, build_pair_objective, build_policy, check_name, lipsum_options
 from hardmix.train.files import write_bytes
 from hardmix.train.pair_after import TPGM_BATCH, After, after_tuning
+from hardmix.train.pair_captions import TokenizerRecord, Writer, run_tokenizer
 from hardmix.train.pair_losses import SIGMOID, PairObjective
-from hardmix.train.pair_measures import PairMeasures, class_rows
+from hardmix.train.pair_measures import PARTS, PairMeasures, class_rows
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
 from hardmix.train.seeds import derive, generator
-from hardmix.train.start import start_weights
+from hardmix.train.start import start_folder, start_weights
 from hardmix.train.state import match_shapes
 from hardmix.train.tasks.pair_data import PairData
 
 #: bias of the logits of SigLIP at the start
 SIGLIP_BIAS = -10.0
+#: texts, the row of each one's own picture, and the rows that it finds
+Found = tuple[list[str], Tensor, Tensor]
+#: what `_measured_before` knows already
+_BEFORE: dict[str, tuple[dict[str, Any], Found]] = {}
 #: words of each of Lipsum-FT's texts
 LIPSUM_WORDS = 8
 
@@ -48,16 +57,21 @@ class ImageText:
     """
 
     metrics = (
-        *("recall_5", "recall_1", "recall_10", "median_rank", "ece"),
-        *("shift_recall_5", "shift_recall_1", "shift_recall_10", "shift_median_rank", "shift_ece"),
-        *("seen_shift_recall_1", "seen_shift_recall_5"),
+        *("recall_5", "recall_1", "recall_10", "mrr", "median_rank", "ece"),
+        *("shift_recall_5", "shift_recall_1", "shift_recall_10", "shift_mrr", "shift_median_rank", "shift_ece"),
+        *("seen_shift_recall_1", "seen_shift_recall_5", "seen_shift_mrr"),
         *("zeroshot", "zeroshot_ece", "shift_zeroshot", "shift_zeroshot_ece"),
         *("fewshot_1", "fewshot_4", "fewshot_16", "shift_fewshot_1", "shift_fewshot_4", "shift_fewshot_16"),
         *("arithmetic", "alignment", "uniformity", "gap"),
+        *("caption_exact", "caption_edit_distance", "caption_bleu_4", "caption_cider"),
+        *("shift_caption_exact", "shift_caption_edit_distance", "shift_caption_bleu_4", "shift_caption_cider"),
     )
-    lower_is_better = ("median_rank", "ece", "shift_median_rank", "shift_ece", "zeroshot_ece", "shift_zeroshot_ece")
+    lower_is_better = (
+        *("median_rank", "ece", "shift_median_rank", "shift_ece", "zeroshot_ece", "shift_zeroshot_ece"),
+        *("caption_edit_distance", "shift_caption_edit_distance"),
+    )
     #: picks the best checkpoint; larger is better
-    score = "recall_5"
+    score = "mrr"
     sign = 1.0
 
     @property
@@ -71,6 +85,9 @@ class ImageText:
         tune = recipe.tune
         self.data = PairData(recipe.data, recipe.seed, tune.classes)
         self._check_data()
+        for name in recipe.eval.parts:
+            check_name("measure", name, PARTS)
+        self.measured = tuple(recipe.eval.parts) or PARTS
         head = bool(tune.head)
         objective: nn.Module
         if head and recipe.objective.name != "lipsum":
@@ -81,8 +98,15 @@ class ImageText:
         if tune.temperature:
             settings["temperature"] = tune.temperature
         options = dict(recipe.model.options)
-        if isinstance(objective, SIGMOID):
+        if isinstance(objective, SIGMOID) and recipe.model.name == "two-tower":
             options.setdefault("bias", SIGLIP_BIAS)
+        #: the texts of each picture that training takes
+        self.captions = self._captions()
+        tokenizer: CaptionTokenizer | None = None
+        if recipe.model.name == "coca":
+            train = self.data.rows["train"].tolist()
+            tokenizer = run_tokenizer(recipe, [text for row in train for text in self.captions[row]])
+        self.tokenizer = tokenizer
         torch.manual_seed(derive(recipe.seed, "model"))
         built = build_pair_model(
             recipe.model.name,
@@ -90,9 +114,10 @@ class ImageText:
             image_size=int(self.data.pairs.images.shape[-1]),
             pretrained=pretrained and not tune.start,
             classes=len(self.data.class_names) if head else 0,
+            tokenizer=tokenizer,
             **settings,
         )
-        self.model: PairModel = built.model
+        self.model: PairNet = built.model
         if recipe.data.augment and not built.pictures:
             raise ValueError(
                 "data.augment draws views of pictures, but the image tower is frozen and its features are computed "
@@ -110,12 +135,21 @@ class ImageText:
         elif head:
             self._zero_shot_head()
         # What some stage trains is trained as far as optimizer and processes are concerned.
-        self.model.freeze(self._held(len(self.stages()) - 1))
+        last = len(self.stages()) - 1
+        #: towers of which adapters are trained, not the weights
+        self.adapted = [name for name in ("image", "text") if tune.lora and name not in self._held(last)]
+        if self.adapted:
+            torch.manual_seed(derive(recipe.seed, "lora"))
+            add_lora(self.model, self.adapted, tune.lora)
+        self._freeze(last)
+        if self.model.logit_bias is not None and not isinstance(objective, SIGMOID):
+            self.model.logit_bias.requires_grad_(False)  # processes would wait for its gradient
         self.policy = None if recipe.policy is None else build_policy(recipe.policy, None)
-        self.objective = PairObjective(objective, self.model, self._lipsum())
+        lipsum = self._lipsum()
+        reference = None if lipsum is None else self._before(self.model)
+        self.objective = PairObjective(objective, self.model, lipsum, reference)
         self.augment = Augment(recipe.data.augment)
         self.shared: Tensor | None = None
-        self.started = False
         #: rows of the set whose pictures the report shows
         self.shown = torch.arange(0)
 
@@ -132,18 +166,19 @@ class ImageText:
             if wants:
                 raise ValueError(f"{wants} but nothing is kept for validation; set data.validation above 0.")
 
-    def _training_texts(self) -> tuple[Tensor, Tensor]:
-        """What the text tower takes for all texts to train on, and per picture of the set which of them are its own:
-        (N, K) rows, the first one again where a picture has fewer than K."""
+    def _captions(self) -> list[list[str]]:
         if self.recipe.tune.texts == "classes":
             assert self.data.labels is not None
             of_classes = [prompts(name) for name in self.data.class_names]
-            captions = [of_classes[label] for label in self.data.labels.tolist()]
-        else:
-            keep = 1 if self.recipe.data.captions == "first" else None
-            captions = [list(texts[:keep]) for texts in self.data.pairs.captions]
+            return [of_classes[label] for label in self.data.labels.tolist()]
+        keep = 1 if self.recipe.data.captions == "first" else None
+        return [list(texts[:keep]) for texts in self.data.pairs.captions]
+
+    def _training_texts(self) -> tuple[Tensor, Tensor]:
+        """What the text tower takes for all texts to train on, and per picture of the set which of them are its own:
+        (N, K) rows, the first one again where a picture has fewer than K."""
         known: dict[str, int] = {}
-        rows = [[known.setdefault(text, len(known)) for text in texts] for texts in captions]
+        rows = [[known.setdefault(text, len(known)) for text in texts] for texts in self.captions]
         most = max(map(len, rows))
         choices = torch.tensor([own + own[:1] * (most - len(own)) for own in rows])
         self.counts = torch.tensor([len(own) for own in rows])
@@ -198,6 +233,10 @@ class ImageText:
             return tuple(dict.fromkeys((*held, *tune.freeze)))
         return tuple(tune.freeze)
 
+    def _freeze(self, stage: int) -> None:
+        self.model.freeze(self._held(stage))
+        hold_towers(self.model, self.adapted)
+
     def stages(self) -> list[Stage]:
         train, first = self.recipe.train, self.recipe.tune.probe_epochs
         samples = len(self.data.rows["train"])
@@ -206,7 +245,7 @@ class ImageText:
 
     def start_epoch(self, stage: int, epoch: int = 0) -> None:
         """Called before each epoch."""
-        self.model.freeze(self._held(stage))
+        self._freeze(stage)
         self.objective.set_epoch(epoch)
 
     def end_epoch(self, model: nn.Module, device: torch.device) -> None:
@@ -222,6 +261,8 @@ class ImageText:
     def modules(self) -> dict[str, nn.Module]:
         """What is trained or tracked besides the model, by the name it has in a checkpoint."""
         tracked: dict[str, nn.Module] = {"objective": self.objective}
+        if self.tokenizer is not None:
+            tracked["tokenizer"] = TokenizerRecord(self.tokenizer)
         return tracked if self.policy is None else tracked | {"policy": self.policy}
 
     def load(self, index: Tensor) -> tuple[Tensor, ...]:
@@ -236,9 +277,8 @@ class ImageText:
 
     def start_step(self, progress: float, shared: torch.Generator | None = None) -> None:
         """Called before each step with the finished share of the training, and draws that all ranks have alike."""
-        if self.started:
+        if progress > 0.0:  # which also a resumed run knows
             self.objective.follow(self.model)
-        self.started = True
         self.shared = None if shared is None else shared.get_state()
         if self.policy is not None:
             self.policy.set_progress(progress)
@@ -254,8 +294,8 @@ class ImageText:
             accuracy = (found.logits.detach().argmax(1) == batch[3]).float().mean()
             return loss, {"loss": loss.detach(), "accuracy": accuracy}
         inputs, plan = self._inputs(batch, draws)
-        loss = self._of_pairs(self._encoder(model)(*inputs), inputs, plan)
-        return loss, {"loss": loss.detach()}
+        loss, value = self._of_pairs(self._encoder(model)(*inputs), inputs, plan)
+        return loss, {"loss": value}
 
     def loss_in_parts(
         self,
@@ -270,12 +310,12 @@ class ImageText:
         values: list[Tensor] = []
 
         def whole(*found: Tensor) -> Tensor:
-            values.append(self._of_pairs(found, inputs, plan))
-            return scaled(values[0])
+            loss, value = self._of_pairs(found, inputs, plan)
+            values.append(value)
+            return scaled(loss)
 
         cached_step(self._encoder(model), inputs, whole, chunk=math.ceil(len(inputs[0]) / parts), model=model)
-        loss = values[0].detach()
-        return loss, {"loss": loss}
+        return values[0], {"loss": values[0]}
 
     def _views(self, images: Tensor, draws: torch.Generator) -> Tensor:
         return self._ready(as_floats(self.augment(images, generator=draws) if self.augment.names else images))
@@ -286,6 +326,8 @@ class ImageText:
         x = self._views(images, draws)
         pick = (torch.rand(len(counts), generator=draws).to(counts.device) * counts).long()
         texts = self.tokens[choices.gather(1, pick[:, None])[:, 0]]
+        if self.tokenizer is not None:  # what is padding in each of them costs time and changes nothing
+            texts = texts[:, : int((texts != PADDING).sum(1).max())]
         if self.policy is None:
             return (x, texts), None
         plan = self.policy.plan(x, generator=draws)
@@ -297,19 +339,26 @@ class ImageText:
         return isinstance(self.objective.objective, UnMixLoss)
 
     def _encoder(self, model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-        """(pictures, texts, mixed pictures) -> their features and the scale; mixed ones in one pass with the others,
-        since several processes allow for one pass a step."""
+        """(pictures, texts, mixed pictures) -> their features, the scale, and logits of captions if there are; mixed
+        ones in one pass with the others, since several processes allow for one pass a step."""
 
         def encode(x: Tensor, texts: Tensor, *mixed: Tensor) -> tuple[Tensor, ...]:
             found = model(torch.cat([x, *mixed]), texts)
-            return (*found.image.split(len(x)), found.text, found.scale)
+            captions = () if found.logits is None else (found.logits,)
+            return (*found.image.split(len(x)), found.text, found.scale, *captions)
 
         return encode
 
-    def _of_pairs(self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...], plan: MixPlan | None) -> Tensor:
+    def _of_pairs(
+        self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...], plan: MixPlan | None
+    ) -> tuple[Tensor, Tensor]:
+        """What to go back from, with this process's part of the gradient; and the loss of the whole batch."""
+        logits: Tensor | None = None
+        if isinstance(self.objective.objective, CoCaLoss):
+            *found, logits = found  # type: ignore[assignment]
         images, *mixed, texts, scale = found
         loss = self.objective.of_pairs(
-            PairOutput(images, texts, scale, None),
+            PairOutput(images, texts, scale, logits),
             self.model.logit_bias,
             shared=self._shared_draws(),
             inputs=(inputs[0], inputs[1]),
@@ -317,7 +366,7 @@ class ImageText:
             mixed=mixed[0] if mixed else None,
             model=self.model,
         )
-        return loss * self.objective.share(len(images))
+        return loss * self.objective.share(len(images)), loss.detach()
 
     def _shared_draws(self) -> torch.Generator | None:
         """The step's draws, from their start: all parts of a step have the same."""
@@ -336,8 +385,9 @@ class ImageText:
         """Recalls on the validation split; empty without one."""
         return self.measures(_pair_model(model), device).validate()
 
-    def measures(self, model: PairModel, device: torch.device, shift: float = 0.0) -> PairMeasures:
+    def measures(self, model: PairNet, device: torch.device, shift: float = 0.0) -> PairMeasures:
         """Of a model with these weights."""
+        model = without_lora(model)
 
         def texts(of: list[str]) -> Tensor:
             return self._text_features(model, of, device)
@@ -354,10 +404,24 @@ class ImageText:
             scale=float(model.scale.detach()),
             class_rows=rows,
             shift=shift,
+            writer=self._writer(model),
         )
 
+    def _writer(self, model: PairNet) -> Writer | None:
+        if not isinstance(model, PairCaptioner):
+            return None
+
+        def write(rows: Tensor, beams: int) -> list[str]:
+            pictures = self._ready(as_floats(self.inputs[rows]))
+            return generate(model, pictures, model.tokenizer, beams=beams)
+
+        def right(rows: Tensor) -> list[list[str]]:
+            return [[model.tokenizer.plain(text) for text in self.captions[row]] for row in rows.tolist()]
+
+        return Writer(write, right, model.tokenizer.unit)
+
     @torch.no_grad()
-    def _image_features(self, model: PairModel, rows: Tensor, device: torch.device) -> Tensor:
+    def _image_features(self, model: PairNet, rows: Tensor, device: torch.device) -> Tensor:
         """(n, D) on the CPU; each rank computes its part."""
         parts = [torch.empty(0, model.features)]
         for piece in my_part(rows).split(self.recipe.eval.batch_size):
@@ -366,7 +430,7 @@ class ImageText:
         return gather_rows(torch.cat(parts))
 
     @torch.no_grad()
-    def _text_features(self, model: PairModel, texts: list[str], device: torch.device) -> Tensor:
+    def _text_features(self, model: PairNet, texts: list[str], device: torch.device) -> Tensor:
         """(n, D) on the CPU."""
         tokens = self.text_inputs(texts)
         pieces = tokens.split(self.recipe.eval.batch_size)
@@ -375,30 +439,46 @@ class ImageText:
     def test(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """All that summary.json says about the test split: of the tuned model, and of the one it began as."""
         after = self.after(_pair_model(model), device)
-        result = self.measures(after.model, device, after.shift).test()
+        measures = self.measures(after.model, device, after.shift)
+        result, shown = measures.test(self.measured), [measures.examples()]
         if after.chosen:
             result["chosen"] = after.chosen
-        shown = [self.measures(after.model, device, after.shift).examples()]
         if (before := self._before(_pair_model(model))) is not None:
-            measures = self.measures(before, device)
-            found = measures.test()
-            result |= {"before": found["test"], "sphere_before": found["sphere"]}
-            shown.append(measures.examples())
-        result["examples"] = self._examples(shown)
+            found, examples = self._measured_before(before, device)
+            result["before"] = found["test"]
+            if "sphere" in found:
+                result["sphere_before"] = found["sphere"]
+            shown.append(examples)
+        captions = result["captions"]["examples"] if "captions" in result else []
+        result["examples"] = self._examples(shown, captions)
         return result
 
-    def _examples(self, shown: list[tuple[list[str], Tensor, Tensor]]) -> dict[str, Any]:
-        """Texts with their own picture and those that they find, as places among the pictures of the gallery."""
-        rows = [shown[0][1], *(found.flatten() for _, _, found in shown)]
+    def _measured_before(self, before: PairNet, device: torch.device) -> tuple[dict[str, Any], Found]:
+        """Measures and examples of the weights that training began with, shared by the runs of a comparison."""
+        recipe = self.recipe
+        key = repr((start_folder(recipe), recipe.data, recipe.model, recipe.tune.temperature, recipe.tune.classes))
+        key += repr((self.measured, str(device), recipe.seed if recipe.data.train_samples else 0))
+        if key not in _BEFORE:
+            measures = self.measures(before, device)
+            _BEFORE[key] = measures.test(self.measured), measures.examples()
+        return _BEFORE[key]
+
+    def _examples(self, shown: list[Found], captions: list[dict[str, Any]]) -> dict[str, Any]:
+        """Texts with their own picture and those that they find, as places among the pictures of the gallery, which
+        captions get too in the place of their rows of the set."""
+        rows = [torch.tensor([line["row"] for line in captions], dtype=torch.long), shown[0][1]]
+        rows += [found.flatten() for _, _, found in shown]
         self.shown, place = torch.cat(rows).unique(return_inverse=True)
-        right, *found = place.split([len(part) for part in rows])
+        of_captions, right, *found = place.split([len(part) for part in rows])
+        for line, row in zip(captions, of_captions.tolist(), strict=True):
+            line["row"] = row
         columns = shown[0][2].shape[1]
         named = zip(("after", "before"), found, strict=False)
         return {"texts": shown[0][0], "right": right.tolist()} | {
             name: part.view(-1, columns).tolist() for name, part in named
         }
 
-    def after(self, model: PairModel, device: torch.device) -> After:
+    def after(self, model: PairNet, device: torch.device) -> After:
         """The model to measure, once `tune.after` has been applied."""
         held = self.data.rows["validation"]
         order = torch.randperm(len(held), generator=generator(self.recipe.seed, "tpgm"))
@@ -407,16 +487,16 @@ class ImageText:
             texts = self.tokens[self.choices[rows, 0].to(device)]
             pairs.append((self._ready(as_floats(self.inputs[rows].to(device))), texts))
 
-        def score(candidate: PairModel, shift: float) -> float:
+        def score(candidate: PairNet, shift: float) -> float:
             return self.measures(candidate, device, shift).validate()[self.score]
 
-        return after_tuning(self.recipe, model, self.first_weights, score, pairs)
+        return after_tuning(self.recipe, without_lora(model), self.first_weights, score, pairs)
 
-    def _before(self, model: PairModel) -> PairModel | None:
+    def _before(self, model: PairNet) -> PairNet | None:
         """The model as it began; None from scratch."""
         if self.first_weights is None:
             return None
-        before = copy.deepcopy(model)
+        before = copy.deepcopy(without_lora(model))
         before.head = None
         before.load_state_dict({**before.state_dict(), **self.first_weights})
         return before.eval()
@@ -451,8 +531,8 @@ class ImageText:
         write_bytes(path, save({"pictures": self.data.pairs.images[self.shown].contiguous()}))
 
 
-def _pair_model(model: nn.Module) -> PairModel:
+def _pair_model(model: nn.Module) -> PairNet:
     """The model inside an average of its weights."""
     inside = getattr(model, "module", model)
-    assert isinstance(inside, PairModel)
+    assert isinstance(inside, (PairModel, PairCaptioner))
     return inside

@@ -29,6 +29,7 @@ class PairData:
             styles=section.styles,
             samples=section.samples,
             size=section.image_size,
+            max_length=section.max_length,
             labels=section.labels,
             inputs=section.inputs,
             target=section.target,
