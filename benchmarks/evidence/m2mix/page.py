@@ -51,6 +51,7 @@ RETRIEVAL: dict[str, Measure] = {
 }
 OTHERS: dict[str, Measure] = {
     "ece": ("ECE", 100, 1),
+    "ece_scaled": ("ECE, scaled", 100, 1),
     "shift_ece": ("ECE, other styles", 100, 1),
     "zeroshot": ("zero-shot", 100, 1),
     "fewshot_4": ("4-shot", 100, 1),

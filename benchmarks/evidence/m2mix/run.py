@@ -107,6 +107,8 @@ def write_rows(path: Path, runs: Runs) -> None:
         writer: Any = None
         for (method, seed), run in runs.items():
             values = {key: run["test"][key] for key in METRICS}
+            scaled = [run["calibration"][direction]["scaled"]["ece"] for direction in DIRECTIONS]
+            values["ece_scaled"] = sum(scaled) / 2
             for line in run["retrieval"]:
                 for key in ("recall_5", "mrr"):
                     mean = sum(line[f"{direction}_{key}"] for direction in DIRECTIONS) / 2
