@@ -1,5 +1,7 @@
 """Kill a run at every file event of its checkpoints and in mid-epoch; it must resume to the same bytes.
 
+So must an image-text run that first trains what it starts from, with a teacher that follows the model.
+
 A child is forked after torch is loaded, trains the tiny recipe and kills itself with SIGKILL at the n-th event: before
 a file is opened, a folder made, renamed or removed, or half-way through a write.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,10 @@ import pytest
 from hardmix.train.files import write_text
 from hardmix.train.loop import run_recipe
 from tests.train.conftest import fingerprint, tiny
+from tests.train.test_image_text import drawings, pairs
+
+assert drawings  # the fixture
+Train = Callable[[Path], object]
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 SMALL = {"data": {"name": "digits", "train_samples": 64, "validation": 0.25, "augment": []}}
@@ -33,14 +40,24 @@ def load_everything() -> None:
     import accelerate
     import matplotlib.backends.backend_agg
     import sklearn.datasets
+    import torch._dynamo  # by the first optimizer
     import torch.utils.tensorboard
     import torchmetrics.functional.classification
 
-    assert all((accelerate, matplotlib, sklearn, torch.utils.tensorboard, torchmetrics))
+    assert all((accelerate, matplotlib, sklearn, torch._dynamo, torch.utils.tensorboard, torchmetrics))
+
+
+def no_plots(monkeypatch) -> None:
+    """Drawing them takes longer than training; what matters here is how the page reaches the disk."""
+    monkeypatch.setattr("hardmix.train.loop._write_report", lambda run: write_text(run / "report.html", "<p>done</p>"))
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_tiny(folder: Path) -> None:
+    run_recipe(RECIPE, folder, resume=True)
 
 
 def child(folder: Path, work) -> int:
@@ -73,15 +90,15 @@ def count_and_kill(folder: Path, at: int | None) -> list[str]:
     return seen
 
 
-def kill_before_event(at: int):
+def kill_before_event(at: int, train: Train = train_tiny):
     def work(folder: Path) -> None:
         count_and_kill(folder, at)
-        run_recipe(RECIPE, folder, resume=True)
+        train(folder)
 
     return work
 
 
-def kill_half_way_through_write(at: int):
+def kill_half_way_through_write(at: int, train: Train = train_tiny):
     """Let the `at`-th checkpoint file be written to its first half, then die."""
 
     def work(folder: Path) -> None:
@@ -98,35 +115,35 @@ def kill_half_way_through_write(at: int):
             put(path, data, manifest)
 
         state._put = half
-        run_recipe(RECIPE, folder, resume=True)
+        train(folder)
 
     return work
 
 
-def kill_in_step(step: int):
+def kill_in_step(step: int, train: Train = train_tiny, name: str = RECIPE.name):
     def work(folder: Path) -> None:
         from hardmix.train import loop
 
         one_step = loop._Run._one_step
 
         def stepping(self, number, index, raw):
-            if number == step:
+            if (self.recipe.name, number) == (name, step):
                 die()
             return one_step(self, number, index, raw)
 
         loop._Run._one_step = stepping
-        run_recipe(RECIPE, folder, resume=True)
+        train(folder)
 
     return work
 
 
-def count_events(tmp_path: Path) -> int:
+def count_events(tmp_path: Path, train: Train = train_tiny) -> int:
     """How many file events a whole run has."""
     report = tmp_path / "count.txt"
 
     def work(folder: Path) -> None:
         seen = count_and_kill(folder, None)
-        run_recipe(RECIPE, folder)
+        train(folder)
         report.write_text(str(len(seen)))
 
     assert child(tmp_path / "counted", work) == 0
@@ -135,13 +152,9 @@ def count_events(tmp_path: Path) -> int:
 
 @pytest.mark.slow
 def test_every_kill_point_resumes_bit_exactly(tmp_path, monkeypatch):
-    def go_on(folder: Path) -> None:
-        run_recipe(RECIPE, folder, resume=True)
-
     load_everything()
-    # Drawing plots takes longer than training; what matters here is how the page reaches the disk.
-    monkeypatch.setattr("hardmix.train.loop._write_report", lambda run: write_text(run / "report.html", "<p>done</p>"))
-    assert child(tmp_path / "straight", go_on) == 0
+    no_plots(monkeypatch)
+    assert child(tmp_path / "straight", train_tiny) == 0
     expected = fingerprint(tmp_path / "straight")
     events = count_events(tmp_path)
     assert events > 20
@@ -151,8 +164,43 @@ def test_every_kill_point_resumes_bit_exactly(tmp_path, monkeypatch):
     for number, point in enumerate(points):
         folder = tmp_path / f"run-{number}"
         assert child(folder, point) == -signal.SIGKILL, number
-        assert child(folder, go_on) == 0, number
+        assert child(folder, train_tiny) == 0, number
         assert fingerprint(folder) == expected, number
         left = [path.name for path in folder.rglob(".*")]
         assert not left, (number, left)
     sys.stdout.write(f"{len(points)} kill points tried, {len(points)} resumed bit-exactly\n")
+
+
+@pytest.mark.slow
+def test_a_start_and_what_follows_from_it_resume_bit_exactly(drawings, tmp_path, monkeypatch):
+    """m2-Mix, whose weight falls with the epochs, then CaRot, whose teacher is part of what a checkpoint holds."""
+    train = {"epochs": 2, "batch_size": 7}
+    first = pairs(drawings, name="first", objective={"name": "m2-mix", "schedule": "inverse"}, train=train)
+    (tmp_path / "first.toml").write_text(first.to_toml())
+    tuned = pairs(drawings, name="tuned", objective={"name": "carot"}, train=train,
+                  tune={"start": str(tmp_path / "first.toml")})  # fmt: skip
+
+    def both(folder: Path) -> None:
+        os.environ["HARDMIX_CACHE"] = str(folder / "cache")
+        run_recipe(tuned, folder / "tuned", resume=True)
+
+    def found(folder: Path) -> list[dict[str, bytes]]:
+        (start,) = (folder / "cache/runs").iterdir()
+        return [fingerprint(start), fingerprint(folder / "tuned")]
+
+    load_everything()
+    no_plots(monkeypatch)
+    assert child(tmp_path / "straight", both) == 0
+    expected = found(tmp_path / "straight")
+    assert all("objective.safetensors" in " ".join(files) for files in expected)
+    events = count_events(tmp_path, both)
+    points = [kill_before_event(at, both) for at in range(3, events, 4)]
+    points += [kill_half_way_through_write(at, both) for at in (1, 13)]
+    points += [kill_in_step(step, both, name) for name in ("first", "tuned") for step in (1, 3)]
+    for number, point in enumerate(points):
+        folder = tmp_path / f"run-{number}"
+        assert child(folder, point) == -signal.SIGKILL, number
+        assert child(folder, both) == 0, number
+        assert found(folder) == expected, number
+        assert not list(folder.rglob(".*")), number
+    sys.stdout.write(f"{len(points)} kill points of {events} events tried, all resumed bit-exactly\n")

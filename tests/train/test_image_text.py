@@ -478,3 +478,21 @@ def test_a_recipe_reads_back_as_it_was_written(tmp_path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(pairs(**EMOJI, tune={"freeze": ["text"]}).to_toml())
     assert load_recipe(str(path)) == pairs(**EMOJI, tune={"freeze": ["text"]})
+
+
+def test_a_class_without_a_training_picture_leaves_out_the_few_shots(tmp_path) -> None:
+    recipe = pairs(data=EMOJI["data"] | {"train_samples": 4}, train={"batch_size": 4}, eval={"parts": ["zeroshot"]})
+    with pytest.warns(UserWarning, match="few shots are left out: no training picture shows"):
+        run_recipe(recipe, tmp_path / "run")
+    assert set(read(tmp_path / "run")["test"]) == {
+        *("zeroshot", "zeroshot_ece", "shift_zeroshot", "shift_zeroshot_ece"),
+    }
+
+
+def test_the_teacher_of_carot_begins_as_the_model_does(drawings) -> None:
+    task, before, after = steps(pairs(drawings, objective={"name": "carot"}))
+    task.start_step(0.5, torch.Generator())
+    teacher = task.objective.teacher.module.state_dict()
+    name = "text_projection.1.weight"
+    expected = 0.99 * before[name] + 0.01 * after[name]
+    assert torch.allclose(teacher[name], expected, atol=1e-6)

@@ -82,7 +82,7 @@ def _classes(found: dict[str, Any]) -> Lines:
     test, lines = found["test"], []
     for prefix, name in (("", "training style"), ("shift_", "other styles")):
         if f"{prefix}zeroshot" in test:
-            shots = [f"{100 * test[f'{prefix}fewshot_{k}']:.1f}" for k in SHOTS]
+            shots = [f"{100 * test[key]:.1f}" if (key := f"{prefix}fewshot_{k}") in test else "" for k in SHOTS]
             zero = [f"{100 * test[f'{prefix}{key}']:.1f}" for key in ("zeroshot", "zeroshot_ece")]
             lines.append([name, *zero, *shots])
     return ["concepts never seen", "zero-shot %", "ECE %", *(f"{k}-shot %" for k in SHOTS)], lines

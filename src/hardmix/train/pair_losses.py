@@ -56,6 +56,7 @@ class PairObjective(nn.Module):
         self.teacher: AveragedModel | None = None
         if isinstance(objective, CaRotLoss):
             self.teacher = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(TEACHER_DECAY), use_buffers=True)
+            self.teacher.n_averaged.add_(1)  # it is the start already, which a first update would replace
         # Not registered: it is as the run began, which a checkpoint need not say again.
         self.reference: list[PairNet] = [] if reference is None else [reference]
         self.lipsum = lipsum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -188,15 +189,7 @@ class PairMeasures:
 
     def _classes(self, unseen: dict[str, Encoded], test: dict[str, float]) -> None:
         """Zero-shot by the prompts, or the head's, and linear probes on a few training samples of each class."""
-        support = self.encode(self.data.rows["train"])
-        few = few_shot_metrics(
-            support.images,
-            self._labels(support),
-            {style: (encoded.images, self._labels(encoded)) for style, encoded in unseen.items()},
-            ks=SHOTS,
-            draws=DRAWS,
-            generator=generator(0, "shots"),
-        )
+        few = self._few_shot(unseen)
         for shift in (False, True):
             styles = [style for style in unseen if (style in self.data.shifted) == shift]
             prefix = "shift_" if shift else ""
@@ -204,8 +197,27 @@ class PairMeasures:
                 found = [self._zero_shot(unseen[style])[0] for style in styles]
                 test[f"{prefix}zeroshot"] = _mean(line["top1"] for line in found)
                 test[f"{prefix}zeroshot_ece"] = _mean(line["ece"] for line in found)
-                for k in SHOTS:
+                for k in SHOTS if few else ():
                     test[f"{prefix}fewshot_{k}"] = _mean(few[style][k]["accuracy"] for style in styles)
+
+    def _few_shot(self, unseen: dict[str, Encoded]) -> dict[str, dict[int, dict[str, float]]]:
+        """Probes on training pictures; none where a class has no training picture to learn from."""
+        support = self.encode(self.data.rows["train"])
+        labels, tests = self._labels(support), {style: self._labels(encoded) for style, encoded in unseen.items()}
+        if lacking := {int(label) for label in torch.cat(list(tests.values())).unique()} - set(labels.tolist()):
+            warnings.warn(
+                f"few shots are left out: no training picture shows {self.data.class_names[min(lacking)]!r}.",
+                stacklevel=2,
+            )
+            return {}
+        return few_shot_metrics(
+            support.images,
+            labels,
+            {style: (encoded.images, tests[style]) for style, encoded in unseen.items()},
+            ks=SHOTS,
+            draws=DRAWS,
+            generator=generator(0, "shots"),
+        )
 
     def _arithmetic(self, style: str, test: dict[str, float]) -> dict[str, Any]:
         """Analogies of the test split in the training style, all of that style's pictures to choose from."""
