@@ -28,7 +28,7 @@ smoke: $(VENV)/.ready ## every shipped recipe that needs no further data, shorte
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[train,text,volumes,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[train,text,volumes,lora,dev]'
 	touch $@
 
 # Both constraints files on every line: without the pins open_clip, timm and torchvision replace torch by another build.
