@@ -92,7 +92,7 @@ def _arithmetic(found: dict[str, Any]) -> Lines:
     of = found["arithmetic"]
     lines = [
         [name, str(line["queries"]), *(f"{100 * line[key]:.1f}" for key in ANALOGIES)]
-        for name, line in [*of["kinds"].items(), ("all", of)]
+        for name, line in [*of["kinds"].items(), ("all queries", of)]
     ]
     return [f"kind (text difference x {of['scale']:g})", "queries", "R@1 %", "R@5 %", "R@1 % without text"], lines
 
