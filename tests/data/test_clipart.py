@@ -95,7 +95,7 @@ def test_a_split_keeps_a_title_together(root: Path) -> None:
         add(root, f"more/{k}", f"thing number {'abcdefghijkl'[k]}")
     got = load_clipart(root, size=8)
     for seed in range(5):
-        split = draw_split(got.concept, seed=seed)
+        split = draw_split(got.captions, test=0.4, seed=seed)
         assert split[1] == split[2]
     assert len(split.unique()) == 3
 

@@ -80,13 +80,14 @@ def test_parts_by_split_and_style() -> None:
         (lambda p: p.take(torch.tensor([True] * 6)), TypeError, r"shape \(6,\) and dtype torch.bool; pass \(M,\) long"),
         (lambda p: p.take(torch.tensor([0, 6])), ValueError, r"rows holds 6; pass rows from 0 to 5\."),
         (lambda p: p.take(torch.tensor([-1])), ValueError, "rows holds -1"),
+        (lambda p: draw_split([("a",), ()]), ValueError, "draw_split: picture 1 has no text; leave it out"),
+        (lambda p: draw_split([]), ValueError, "0 of 0 groups of pictures with common texts are left for training"),
+        (lambda p: draw_split(p.captions, test=1.5), ValueError, "draw_split: test is 1.5"),
         (
-            lambda p: draw_split(p.concept.float()),
-            TypeError,
-            r"draw_split: concept has shape \(6,\) and dtype torch.fl",
+            lambda p: draw_split([("a", str(k)) for k in range(99)]),
+            ValueError,
+            ". of 1 groups of pictures with common texts are left",
         ),
-        (lambda p: draw_split(p.concept[:0]), TypeError, r"concept has shape \(0,\)"),
-        (lambda p: draw_split(p.concept), ValueError, "at least 2 of either are needed"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[Pairs], object], error: type[Exception], message: str) -> None:
@@ -95,25 +96,30 @@ def test_bad_arguments_are_named(call: Callable[[Pairs], object], error: type[Ex
 
 
 @settings(deadline=None, max_examples=50)
-@given(concept=st.lists(st.integers(-5, 40), min_size=1, max_size=120), seed=st.integers(0, 2**31))
-def test_a_concept_is_drawn_as_a_whole(concept: list[int], seed: int) -> None:
-    known = sorted(set(concept))
-    tested, validated = round(0.2 * len(known)), round(0.1 * len(known))
-    if tested < 2:
-        with pytest.raises(ValueError, match="at least 2 of either"):
-            draw_split(torch.tensor(concept), seed=seed)
+@given(
+    captions=st.lists(st.lists(st.sampled_from([f"text {k}" for k in range(60)]), min_size=1, max_size=2), min_size=40),
+    seed=st.integers(0, 2**31),
+)
+def test_no_text_is_in_two_splits(captions: list[list[str]], seed: int) -> None:
+    try:
+        split = draw_split(captions, test=0.4, validation=0.2, seed=seed)
+    except ValueError:  # common texts have made too few groups
         return
-    split = draw_split(torch.tensor(concept), seed=seed)
-    assert split.dtype == torch.uint8
-    of = dict(zip(concept, split.tolist(), strict=True))
-    assert [of[c] for c in concept] == split.tolist()
-    assert sum(part == TEST for part in of.values()) == tested
-    assert sum(part == VALIDATION for part in of.values()) == validated
-    assert torch.equal(split, draw_split(torch.tensor(concept), seed=seed))
-    more = draw_split(torch.tensor(concept), validation=0.0, seed=seed)
+    assert (len(split), split.dtype) == (len(captions), torch.uint8)
+    where: dict[str, set[int]] = {}
+    for texts, part in zip(captions, split.tolist(), strict=True):
+        for text in texts:
+            where.setdefault(text, set()).add(part)
+    assert all(len(parts) == 1 for parts in where.values())
+    assert {TRAIN, TEST} <= set(split.tolist())
+
+
+def test_pictures_that_come_along_leave_the_others_where_they_are() -> None:
+    captions = [(f"thing {k}", f"a drawing of thing {k}") for k in range(2000)]
+    split = draw_split(captions)
+    assert torch.equal(split, draw_split(captions + [(f"zebra {k}",) for k in range(500)])[:2000])
+    shares = split.bincount() / 2000
+    assert torch.allclose(shares[[TRAIN, VALIDATION, TEST]], torch.tensor([0.7, 0.1, 0.2]), atol=0.03)
+    more = draw_split(captions, validation=0.0)
     assert torch.equal(more == TEST, split == TEST)
-
-
-def test_the_seed_decides() -> None:
-    concept = torch.arange(100)
-    assert not torch.equal(draw_split(concept, seed=0), draw_split(concept, seed=1))
+    assert not torch.equal(split, draw_split(captions, seed=1))

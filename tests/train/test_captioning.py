@@ -90,7 +90,7 @@ def test_a_run_writes_captions_and_measures_them(run, drawings) -> None:
     assert (found["beams"], found["unit"]) == (4, "word")
     unseen, seen = found["lines"]
     assert (unseen["part"], unseen["style"], unseen["shift"], unseen["pictures"]) == ("unseen", "", False, 12)
-    assert (seen["part"], seen["pictures"]) == ("seen", 20)
+    assert (seen["part"], seen["pictures"]) == ("seen", 19)
     assert {f"caption_{key}": value for key, value in unseen["beam"].items()} == {
         key: summary["test"][key] for key in CAPTION
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 
@@ -19,7 +21,7 @@ from hardmix.train.loop import _shares, run_recipe
 from hardmix.train.pair_checks import OF_MIXTURES
 from hardmix.train.pair_eval import pair_tables
 from hardmix.train.recipe import Recipe, check_recipe, load_recipe
-from hardmix.train.start import start_folder
+from hardmix.train.start import prepare_start, start_folder
 from hardmix.train.tasks.image_text import ImageText
 
 from .conftest import fingerprint
@@ -100,7 +102,7 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[
 
 def test_a_run_on_own_pictures_measures_what_never_seen_texts_find(scratch) -> None:
     summary = read(scratch)
-    assert (summary["data"]["train"], summary["data"]["validation"], summary["data"]["test"]) == (20, 8, 12)
+    assert (summary["data"]["train"], summary["data"]["validation"], summary["data"]["test"]) == (19, 9, 12)
     assert summary["data"]["kind"] == "pairs"
     assert "before" not in summary
     test = summary["test"]
@@ -338,7 +340,7 @@ def test_lipsum_holds_what_meaningless_texts_see_in_a_picture(emoji) -> None:
         x = task.inputs[task.data.rows["train"][:16]].float() / 255
         texts = task.objective.lipsum[2]
         assert len(texts) == 12
-        now, then = task.model(x, texts), task.objective.reference[0](x, texts)
+        now, then = task.model(x, texts), task.objective.reference(x, texts)
         values[weight] = (now.image - then.image).norm().item()
     assert 0 < values[10.0] != values[1e-9]
 
@@ -346,7 +348,9 @@ def test_lipsum_holds_what_meaningless_texts_see_in_a_picture(emoji) -> None:
 def test_a_resumed_run_knows_what_lipsum_stays_near(emoji) -> None:
     recipe = pairs(**EMOJI, tune={"head": True, "start": str(emoji)}, objective={"name": "lipsum"})
     resumed = ImageText(recipe, pretrained=False)
-    (reference,) = resumed.objective.reference
+    resumed.modules()["start"].load_state_dict(ImageText(recipe).modules()["start"].state_dict())
+    resumed.start_epoch(0)
+    reference = resumed.objective.reference
     assert not differ(reference.state_dict(), weights(emoji))
     assert "image" in differ(reference.state_dict(), resumed.model.state_dict()), "whose weights a checkpoint holds"
 
@@ -420,6 +424,16 @@ REFUSED = {
     "no start": ({"tune": {"after": "wise-ft"}}, "tune.start names none"),
     "no training": ({"train": {"epochs": 0, "warmup_epochs": 0.0}}, "tune.start; name one, or train"),
     "a part": ({"tune": {"freeze": ["images"]}}, 'did you mean "image"'),
+    "an amount of nothing": ({"tune": {"amount": 0.5}}, "tune.after=nothing makes nothing of"),
+    "a key of numbers": ({"data": {"missing": "drop"}}, "data.missing is for sets of numbers"),
+    "a measure": ({"eval": {"parts": ["retrievel"]}}, 'did you mean "retrieval"'),
+    "measures that there are none of": ({"eval": {"parts": ["arithmetic"]}}, "captions and model two-tower have none"),
+    "nothing that is trained": (
+        {"tune": {"freeze": ["image", "text", "image_projection", "text_projection"], "learn_temperature": False}},
+        "tune leaves nothing to train",
+    ),
+    "a start of classes": ({"tune": {"start": "demo-none"}}, 'tune.start is .demo-none., of task "classification"'),
+    "a start that hides its weights": ({"tune": {"start": "emoji-wise-ft"}}, "measures its weights after wise-ft"),
     "a contrast": ({"contrast": {"epochs": 1, "objective": {"name": "supcon"}}}, "sections of regression recipes"),
     "a setting of processes": ({"objective": {"name": "clip", "gather": False}}, 'unknown option of objective "clip"'),
 }
@@ -449,7 +463,7 @@ def test_a_stop_while_the_start_is_trained_says_how_to_go_on(drawings, tmp_path,
 
 
 def test_starts_that_are_none(drawings, scratch, tmp_path) -> None:
-    with pytest.raises(RecipeError, match="neither shipped nor a file"):
+    with pytest.raises(ValueError, match=r"tune.start is 'nowhere', neither the folder of a run nor a good recipe"):
         run_recipe(pairs(drawings, tune={"start": "nowhere"}), tmp_path / "a")
     other = MODEL | {"options": MODEL["options"] | {"features": 8}}
     with pytest.raises(CheckpointError, match=r"tune.start: image_projection.1.weight has shape \(16, .* but \(8, "):
@@ -496,3 +510,78 @@ def test_the_teacher_of_carot_begins_as_the_model_does(drawings) -> None:
     name = "text_projection.1.weight"
     expected = 0.99 * before[name] + 0.01 * after[name]
     assert torch.allclose(teacher[name], expected, atol=1e-6)
+
+
+def test_what_a_start_was_trained_on_is_not_tested(drawings, tmp_path) -> None:
+    run_recipe(pairs(drawings), tmp_path / "first")
+    more = pairs(drawings, data={"test": 0.6}, tune={"start": str(tmp_path / "first")})
+    with pytest.raises(ValueError, match=r"which was trained on \d+ of the \d+ texts that captions is tested on here"):
+        ImageText(more)
+    # A run that starts from one that started from it knows as much.
+    run_recipe(pairs(drawings, tune={"start": str(tmp_path / "first")}), tmp_path / "second")
+    with pytest.raises(ValueError, match="which was trained on"):
+        ImageText(pairs(drawings, data={"test": 0.6}, tune={"start": str(tmp_path / "second")}))
+    ImageText(pairs(**EMOJI, tune={"start": str(tmp_path / "first")}))  # other pictures, whatever their texts
+
+
+def test_a_split_of_ones_own_that_shares_texts_is_told(drawings, tmp_path) -> None:
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "split"])
+        for number, thing in enumerate(THINGS):
+            split = "test" if number % 3 == 0 else "train"
+            rows.writerow([f"{number}.png", "a thing" if number % 8 == 0 else thing, split])
+    with pytest.warns(UserWarning, match="1 texts of captions are of pictures to train on and to test on"):
+        task = ImageText(pairs(tmp_path))
+    # The first text is what is looked for, so all pictures that have it are right.
+    assert len(task.data.concept[::8].unique()) == 1
+
+
+def test_a_run_needs_its_start_no_more_once_it_has_begun(drawings, tmp_path, monkeypatch) -> None:
+    first = tmp_path / "first.toml"
+    first.write_text(pairs(drawings, name="first").to_toml())
+    tuned = pairs(drawings, tune={"start": str(first), "after": "wise-ft", "amount": 0.5})
+    prepare_start(tuned)
+    assert interrupted(tuned, tmp_path / "run", 2, monkeypatch) == 2
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    run_recipe(tuned, tmp_path / "run", resume=True)
+    first.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert evaluate_run(tmp_path / "run")["before"] == pytest.approx(read(tmp_path / "run")["before"])
+    run_recipe(tuned, tmp_path / "again", resume=True)
+    assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "run")
+    assert read(tmp_path / "again")["before"] == read(tmp_path / "run")["before"]
+
+
+def test_a_start_is_taken_as_it_was_measured(drawings, tmp_path) -> None:
+    recipe = pairs(drawings, eval={"checkpoint": "best"}, train={"epochs": 6, "lr": 0.3, "warmup_epochs": 0.0})
+    run_recipe(recipe, tmp_path / "first")
+    run_recipe(pairs(drawings, tune={"start": str(tmp_path / "first")}), tmp_path / "second")
+    assert read(tmp_path / "second")["before"] == read(tmp_path / "first")["test"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_starts_in_a_circle(named, drawings, tmp_path) -> None:
+    model = MODEL if named else None
+    for one, other in (("a", "b"), ("b", "a")):
+        recipe = pairs(drawings, name=one).model_dump(mode="json", exclude_none=True)
+        recipe["tune"]["start"] = str(tmp_path / f"{other}.toml")
+        if not named:
+            recipe.pop("model")
+        (tmp_path / f"{one}.toml").write_text(tomli_w.dumps(recipe))
+    with pytest.raises((RunError, RecipeError, ValueError), match=r"in a circle|starts from itself"):
+        run_recipe(pairs(drawings, model=model, tune={"start": str(tmp_path / "a.toml")}), tmp_path / "run")
+
+
+def test_recipes_that_measure_other_things_are_not_compared(drawings, tmp_path) -> None:
+    recipes = [pairs(drawings, name=name, eval={"parts": [name]}) for name in ("retrieval", "geometry")]
+    with pytest.raises(RunError, match="recipes measure other things"):
+        compare(recipes, [0], tmp_path / "out", workers=1)
+
+
+def test_each_measure_has_the_precision_of_the_run(drawings, tmp_path) -> None:
+    run_recipe(pairs(drawings, train={"precision": "bf16"}), tmp_path / "run")
+    ((_, lines),) = pair_tables(tmp_path / "run", task="geometry")
+    assert dict(lines)["uniformity"] == f"{read(tmp_path / 'run')['test']['uniformity']:.4f}"

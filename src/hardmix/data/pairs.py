@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION
-from hardmix.data.tables import split_rows
 
 SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
@@ -98,26 +98,71 @@ class Pairs(NamedTuple):
         return self.take(keep.nonzero()[:, 0])
 
 
-def draw_split(concept: Tensor, *, test: float = 0.2, validation: float = 0.1, seed: int = 0) -> Tensor:
-    """(N,) uint8 splits by chance: round(test K) of the K concepts are for testing, round(validation K) for validation.
+def draw_split(
+    captions: Sequence[Sequence[str]], *, test: float = 0.2, validation: float = 0.1, seed: int = 0
+) -> Tensor:
+    """(N,) uint8 splits by the texts: a share `test` of the groups, more or less, for testing, `validation` of them for
+    validation.
 
-    Each concept goes into one split with all its rows, so a text that was trained on never comes up in a test. The
-    test concepts depend on `seed` and their number only.
+    Pictures that have a text in common, directly or by way of others, are one group and go into one split together, so
+    a text that was trained on never comes up in a test. Where a group goes is a hash of its first text by the alphabet
+    and the seed alone: pictures that come along later leave the others where they are, unless they join two groups or
+    bring a text that comes first.
 
     Args:
-        concept: (N,) integers.
+        captions: the texts of N pictures, one or more each.
 
     Raises:
-        ValueError: shares that leave fewer than two concepts for training or for testing; TypeError: not integers.
+        ValueError: shares out of range, a picture without a text, or fewer than two groups left for training or for
+            testing.
+
+    >>> draw_split([(f"number {k}",) for k in range(10)]).bincount().tolist()
+    [6, 2, 2]
     """
     who = "draw_split"
-    concept = _check.tensor(who, "concept", concept)
-    if concept.ndim != 1 or concept.is_floating_point() or not len(concept):
-        raise TypeError(
-            f"{who}: concept has shape {tuple(concept.shape)} and dtype {concept.dtype}; pass (N,) integers."
-        )
-    known, position = concept.unique(return_inverse=True)
-    _, validated, tested = split_rows(len(known), test, validation, seed)
-    of_concept = torch.full((len(known),), TRAIN, dtype=torch.uint8)
-    of_concept[validated], of_concept[tested] = VALIDATION, TEST
-    return of_concept[position]
+    _check.between(who, "test", test, 0.0, 1.0)
+    _check.between(who, "validation", validation, 0.0, 1.0)
+    parts = []
+    groups = _groups(who, captions)
+    for first in groups.values():
+        digest = hashlib.blake2b(f"{seed}/{first}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "little") / 2**64
+        parts.append(TEST if place < test else VALIDATION if place < test + validation else TRAIN)
+    left = {"training": parts.count(TRAIN), "testing": parts.count(TEST)}
+    for what, count in left.items():
+        if count < 2:
+            raise ValueError(
+                f"{who}: {count} of {len(parts)} groups of pictures with common texts are left for {what}, and at "
+                "least 2 are needed; take more pictures or another share, or say in a column `split` where each "
+                "belongs."
+            )
+    of_group = dict(zip(groups, parts, strict=True))
+    return torch.tensor([of_group[root] for root in _roots(captions)], dtype=torch.uint8)
+
+
+def _roots(captions: Sequence[Sequence[str]]) -> list[int]:
+    """Of each picture, the first one of the group that common texts put it into."""
+    parent = list(range(len(captions)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    holder: dict[str, int] = {}
+    for row, texts in enumerate(captions):
+        for text in texts:
+            one, other = sorted((root(row), root(holder.setdefault(text, row))))
+            parent[other] = one
+    return [root(row) for row in range(len(captions))]
+
+
+def _groups(who: str, captions: Sequence[Sequence[str]]) -> dict[int, str]:
+    """The first picture of each group -> the group's first text by the alphabet."""
+    first: dict[int, str] = {}
+    for row, (root, texts) in enumerate(zip(_roots(captions), captions, strict=True)):
+        if not texts:
+            raise ValueError(f"{who}: picture {row} has no text; leave it out.")
+        first[root] = min(first.get(root, texts[0]), *texts)
+    return first

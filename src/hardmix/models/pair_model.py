@@ -158,7 +158,7 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     blocks counts block by block. Parameters that are in no tower are not listed.
     """
     depths: dict[str, int] = {}
-    for tower in ("image", "text"):
+    for tower in ("image", "text", "decoder"):  # the text tower of a captioner
         top = getattr(model, tower, None)
         if isinstance(top, nn.Module):
             layers = _layers(tower, top)

@@ -48,6 +48,8 @@ def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
         raise RunError(f"two recipes are called {', '.join(twice)}; give each a name of its own with name = ... .")
     if len({recipe.task for recipe in recipes}) > 1:
         raise RunError("recipes of several tasks have no measure in common; compare those of one task.")
+    if len({frozenset(recipe.eval.parts) for recipe in recipes}) > 1:
+        raise RunError("recipes measure other things (eval.parts); give all of them the same.")
     return [Job(r.with_seed(seed), out / r.name / f"seed-{seed}") for seed in seeds for r in recipes]
 
 
@@ -83,8 +85,9 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     watch = watch or _nobody
     try:
-        for recipe in recipes:  # what several runs start from is trained once, before they look for it side by side
-            prepare_start(recipe)
+        for job in jobs:  # what several runs start from is trained once, before they look for it side by side
+            if not (job.folder / "summary.json").is_file():
+                prepare_start(job.recipe)
         if workers == 1:
             for number, job in enumerate(jobs):
                 run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))

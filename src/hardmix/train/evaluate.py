@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hardmix.train.recipe import load_recipe
-from hardmix.train.state import load_checkpoint, match_shapes
+from hardmix.train.state import load_checkpoint, match_shapes, measured_weights
 from hardmix.train.tasks import TASKS
 
 
@@ -20,6 +21,11 @@ class LoadedRun(NamedTuple):
     model: nn.Module
     device: torch.device
     step: int
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The arithmetic of the training, in which it was measured at its end."""
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.task.recipe.train.precision)
+        return torch.autocast(self.device.type, low, enabled=low is not None)
 
 
 def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRun:
@@ -36,16 +42,12 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     recipe = load_recipe(str(folder / "recipe.toml"), overrides)
     saved = load_checkpoint(folder / "checkpoints", which)
     task = TASKS[recipe.task](recipe, pretrained=False)
-    weights = saved.tensors["model"]
-    if "ema" in saved.tensors:
-        prefix = "module."
-        averaged = saved.tensors["ema"]
-        weights = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
-    match_shapes("eval", task.model, weights)
-    task.model.load_state_dict(weights)
-    for name, module in task.modules().items():
+    weights = measured_weights(saved.tensors)
+    for name, module in task.modules().items():  # first, since a tokenizer knows best why weights don't fit
         if name in saved.tensors:
             module.load_state_dict(saved.tensors[name])
+    match_shapes("eval", task.model, weights)
+    task.model.load_state_dict(weights)
     if recipe.train.channels_last and task.layout is not None:  # as in training: sums are rounded in the same order
         task.model.to(memory_format=task.layout)  # type: ignore[call-overload]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device == "auto" else "cpu")
@@ -59,7 +61,5 @@ def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict
         {"name", "step", "test": {...}, "reliability": {...}}
     """
     run = load_run(folder, which, data_path)
-    precision = run.task.recipe.train.precision
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(run.device.type, low, enabled=low is not None):  # as at the end of the training
+    with run.precision():
         return {"name": run.task.recipe.name, "step": run.step, **run.task.test(run.model, run.device)}

@@ -67,7 +67,9 @@ def run_recipe(
     first = accelerator.is_main_process
     if problem := from_first(_problem_with(recipe, folder, resume) if first else None):
         raise RunError(problem)
-    if recipe.tune.start and not from_first((folder / "summary.json").is_file()):
+    # A run that has begun keeps what it started from; a captioner needs the tokenizer to be built at all.
+    begun = (folder / "summary.json").is_file() or (list_steps(folder / "checkpoints") and recipe.model.name != "coca")
+    if recipe.tune.start and not from_first(bool(begun)):
         prepare_start(recipe, progress)  # by all processes together, with an accelerator of its own
         accelerator = _accelerator(recipe)
     with ExitStack() as stack:

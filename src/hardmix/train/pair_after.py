@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,12 +27,22 @@ class After(NamedTuple):
     chosen: dict[str, float]
 
 
+class _Again:
+    """Batches that can be gone through again, made as they are asked for."""
+
+    def __init__(self, pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
+        self.pairs = pairs
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.pairs()
+
+
 def after_tuning(
     recipe: Recipe,
     model: PairNet,
     start: Mapping[str, Tensor] | None,
     score: Callable[[PairNet, float], float],
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]],
 ) -> After:
     """Apply `tune.after`.
 
@@ -40,7 +50,7 @@ def after_tuning(
         model: the tuned one, which stays as it is.
         start: the weights before tuning.
         score: of a model and a shift on the validation split; larger is better. Ties go to the smaller amount.
-        pairs: batches (images, texts) of the validation split, what the towers take, for TPGM.
+        pairs: gives batches (images, texts) of the validation split, what the towers take, for TPGM.
     """
     kind, amount = recipe.tune.after, recipe.tune.amount
     if kind == "nothing":
@@ -58,7 +68,7 @@ def after_tuning(
             held,
             before,
             lambda forward, batch: clip_loss(*(lambda found: (found.image, found.text, found.scale))(forward(*batch))),
-            pairs,
+            _Again(pairs),
             steps=TPGM_STEPS,
             exclude=[name for name, _ in held.named_parameters() if name.startswith("head.")],
         )

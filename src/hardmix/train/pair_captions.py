@@ -85,14 +85,14 @@ def measure_captions(data: PairData, writer: Writer, test: dict[str, float]) -> 
         dict with "beams"; "unit"; "lines", one for each part and style with the metrics of both searches; and
         "examples" in a style of training, each with the row of its picture, what was found, and what is right.
     """
-    trained = data.pairs.concept[data.rows["train"]]
+    trained = data.concept[data.rows["train"]]
     lines: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
     for part, split in (("unseen", "test"), ("seen", "train")):
         for style in (*data.trained, *data.shifted) or ("",):
             rows = data.style_rows(split, style)
             if part == "seen":
-                rows = rows[torch.isin(data.pairs.concept[rows], trained)]
+                rows = rows[torch.isin(data.concept[rows], trained)]
             rows = rows[torch.randperm(len(rows), generator=generator(0, "captions"))[:PICTURES]]
             if not len(rows):
                 continue

@@ -46,8 +46,17 @@ def check_pairs(recipe: Recipe) -> None:
         _check_lora(recipe)
     if recipe.contrast is not None or recipe.density.lds or recipe.density.fds:
         raise ValueError("contrast and density are sections of regression recipes; leave them out")
-    if recipe.data.imbalance > 1.0:
-        raise ValueError("data.imbalance is for sets of numbers; leave it out")
+    for key in ("pair", "missing", "imbalance", "imbalance_law"):
+        if getattr(recipe.data, key) != type(recipe.data).model_fields[key].default:
+            raise ValueError(f"data.{key} is for sets of numbers; leave it out")
+    if tune.amount >= 0.0 and tune.after in ("nothing", "tpgm"):
+        raise ValueError(
+            f"tune.amount is {tune.amount:g}, which tune.after={tune.after} makes nothing of; leave it out"
+        )
+    if tune.head and tune.texts == "classes":
+        raise ValueError("tune.head trains without texts, so tune.texts makes no difference; leave it out")
+    if tune.after == "tpgm" and tune.head and tune.probe_epochs == recipe.train.epochs:
+        raise ValueError("tune.after=tpgm goes back towards the start, from where a linear probe moves nothing")
 
 
 def _check_lora(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hardmix import _check
 from hardmix.models.pair_captioner import PairCaptioner
-from hardmix.train.evaluate import load_run
+from hardmix.train.evaluate import LoadedRun, load_run
 from hardmix.train.pair_captions import MEASURES, SEARCHES
 from hardmix.train.pair_measures import CUTS, DIRECTIONS, PARTS, SHOTS
 from hardmix.train.tasks.image_text import ImageText, _pair_model
@@ -31,6 +31,11 @@ def pair_tables(folder: Path, which: str = "last", data_path: str = "", task: st
     run = load_run(folder, which, data_path)
     if not isinstance(run.task, ImageText):
         raise ValueError(f"eval: --task {task} is for image-text runs, but {folder} is of task {run.task.recipe.task}.")
+    with run.precision():
+        return _tables(run, task)
+
+
+def _tables(run: LoadedRun, task: str) -> list[Lines]:
     after = run.task.after(_pair_model(run.model), run.device)
     if task == "caption" and not isinstance(after.model, PairCaptioner):
         raise ValueError(

@@ -41,7 +41,6 @@ class PairObjective(nn.Module):
         model: the model at its start.
         lipsum: for Lipsum-FT, the cross entropy of the head, its weight, and texts (inputs of the tower) that mean
             nothing.
-        reference: for Lipsum-FT, the model as training began; a resumed run has another one by now.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class PairObjective(nn.Module):
         objective: nn.Module,
         model: PairNet,
         lipsum: tuple[nn.Module, float, Tensor] | None = None,
-        reference: PairNet | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -57,9 +55,17 @@ class PairObjective(nn.Module):
         if isinstance(objective, CaRotLoss):
             self.teacher = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(TEACHER_DECAY), use_buffers=True)
             self.teacher.n_averaged.add_(1)  # it is the start already, which a first update would replace
-        # Not registered: it is as the run began, which a checkpoint need not say again.
-        self.reference: list[PairNet] = [] if reference is None else [reference]
         self.lipsum = lipsum
+        self._reference: list[PairNet] = []
+
+    @property
+    def reference(self) -> PairNet | None:
+        """For Lipsum-FT, the model as training began."""
+        return self._reference[0] if self._reference else None
+
+    def refer_to(self, model: PairNet) -> None:
+        # In a list it is no part of this module: a checkpoint has its weights as those of the start.
+        self._reference = [model]
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.objective, MIXED):
@@ -70,12 +76,6 @@ class PairObjective(nn.Module):
         if self.teacher is not None:
             self.teacher.update_parameters(model)
 
-    def to(self, device: torch.device) -> PairObjective:  # type: ignore[override]
-        super().to(device)
-        for reference in self.reference:
-            reference.to(device)
-        return self
-
     def of_head(self, found: PairOutput, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of a classifier on the pictures' features."""
         assert found.logits is not None
@@ -83,7 +83,8 @@ class PairObjective(nn.Module):
         if self.lipsum is None:
             return self.objective(found.logits, labels)
         entropy, weight, texts = self.lipsum
-        reference = self.reference[0]
+        reference = self.reference
+        assert reference is not None
         with torch.no_grad():
             before = reference(images, texts.to(images.device))
         assert isinstance(self.objective, LipsumLoss)

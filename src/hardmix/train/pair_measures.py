@@ -16,11 +16,12 @@ from hardmix.metrics.pair_calibration import fit_query_temperature, query_calibr
 from hardmix.metrics.retrieval import retrieval_metrics
 from hardmix.metrics.zero_shot import class_features, few_shot_metrics, zero_shot_metrics
 from hardmix.train.pair_captions import Writer, measure_captions
+from hardmix.train.sections import MEASURES
 from hardmix.train.seeds import generator
 from hardmix.train.tasks.pair_data import PairData
 
 #: the parts of a measurement, by which `hardmix eval --task` names them
-PARTS = ("retrieval", "calibration", "zeroshot", "arithmetic", "geometry", "caption")
+PARTS = MEASURES
 DIRECTIONS = ("image_to_text", "text_to_image")
 CUTS = (1, 5, 10)
 SHOTS, DRAWS = (1, 4, 16), 3
@@ -79,7 +80,7 @@ class PairMeasures:
         return found._replace(images=images, texts=texts)
 
     def _encode(self, rows: Tensor) -> Encoded:
-        ids = self.data.pairs.concept[rows]
+        ids = self.data.concept[rows]
         concepts = ids.unique()
         return Encoded(self._images(rows), self._texts(self.data.texts(concepts)), ids, concepts)
 
@@ -115,13 +116,13 @@ class PairMeasures:
         """Concepts that were never seen in each style, and seen ones in styles that were not."""
         lines = [self._line("unseen", style, encoded) for style, encoded in unseen.items()]
         seen = self.data.rows["train"]
-        concepts = self.data.pairs.concept[seen].unique()
+        concepts = self.data.concept[seen].unique()
         order = torch.randperm(len(concepts), generator=generator(0, "seen"))
         # As many as there are unseen ones, so that the same number of candidates is looked through.
         some = concepts[order[: len(next(iter(unseen.values())).text_ids)]]
         for style in self.data.shifted:
             rows = self.data.style_rows("train", style)
-            rows = rows[torch.isin(self.data.pairs.concept[rows], some)]
+            rows = rows[torch.isin(self.data.concept[rows], some)]
             if len(rows):
                 lines.append(self._line("seen", style, self.encode(rows)))
         for prefix, part, shift in (("", "unseen", False), ("shift_", "unseen", True), ("seen_shift_", "seen", True)):
@@ -184,7 +185,7 @@ class PairMeasures:
 
     def _labels(self, encoded: Encoded) -> Tensor:
         assert self.data.labels is not None
-        of_concept = dict(zip(self.data.pairs.concept.tolist(), self.data.labels.tolist(), strict=True))
+        of_concept = dict(zip(self.data.concept.tolist(), self.data.labels.tolist(), strict=True))
         return torch.tensor([of_concept[number] for number in encoded.image_ids.tolist()])
 
     def _classes(self, unseen: dict[str, Encoded], test: dict[str, float]) -> None:

@@ -44,6 +44,8 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 #: noise on the rows of a table that are contrasted, unless a recipe says another
 ROW_NOISE = 0.1
+#: the starts that are being read, each named by the one before it
+_STARTS: list[str] = []
 #: the sets of each task
 SETS: dict[str, Mapping[str, Any]] = {
     "classification": CATALOG,
@@ -142,6 +144,8 @@ class Recipe(Section):
             return self
         if self.objective.name not in (tables.REGRESSION_OBJECTIVES if numbers else tables.OBJECTIVES):
             raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
+        if self.eval.parts:
+            raise ValueError("eval.parts is for image-text recipes; leave it out")
         if self.tune != TuneSection():
             raise ValueError("tune is a section of image-text recipes; leave it out")
         for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
@@ -214,8 +218,33 @@ def _pair_defaults(table: dict[str, Any]) -> dict[str, Any]:
         return table
     if not start or not isinstance(start, str):
         return {**table, "model": {"name": "two-tower"}}
-    before = Path(start) / "recipe.toml"
-    return {**table, "model": load_recipe(str(before) if before.is_file() else start).model.model_dump()}
+    return {**table, "model": start_recipe(start).model.model_dump()}
+
+
+def start_recipe(start: str) -> Recipe:
+    """The recipe that `tune.start` names, or that of the run folder that it names.
+
+    Raises:
+        ValueError: no image-text recipe, one whose measured weights are not those that it trains, or a circle.
+    """
+    if start in _STARTS:
+        raise ValueError(f"tune.start leads from {' to '.join([*_STARTS, start])}, in a circle; name another one")
+    _STARTS.append(start)
+    try:
+        folder = Path(start) / "recipe.toml"
+        recipe = load_recipe(str(folder) if folder.is_file() else start)
+    except (RecipeError, ValueError) as error:
+        raise ValueError(f"tune.start is {start!r}, neither the folder of a run nor a good recipe: {error}") from None
+    finally:
+        _STARTS.pop()
+    if recipe.task != "image-text":
+        raise ValueError(f'tune.start is {start!r}, of task "{recipe.task}"; name a recipe or a run of image-text')
+    if recipe.tune.after != "nothing":
+        raise ValueError(
+            f"tune.start is {start!r}, which measures its weights after {recipe.tune.after} and does not keep those; "
+            "name a recipe or a run without tune.after"
+        )
+    return recipe
 
 
 def shipped() -> dict[str, Any]:

@@ -17,6 +17,9 @@ from hardmix.models.pair_model import PARTS
 from hardmix.tables import JOINT_CONTRASTS
 from hardmix.train.components import Component, build_contrast, check_name, check_options
 
+#: what an image-text run is measured by
+MEASURES = ("retrieval", "calibration", "zeroshot", "arithmetic", "geometry", "caption")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -44,7 +47,9 @@ class DataSection(Section):
     samples: int = Field(
         0, ge=0, description="how many samples of a large set of numbers or pairs are read; 0: its own default"
     )
-    train_samples: int = Field(0, ge=0, description="subset of the training split, of classes stratified; 0: all")
+    train_samples: int = Field(
+        0, ge=0, description="subset of the training split, stratified by classes where those are learnt; 0: all"
+    )
     validation: Float = Field(
         0.1, ge=0.0, lt=1.0, description="share of the samples to validate on, unless the set has its own"
     )
@@ -52,7 +57,8 @@ class DataSection(Section):
         0.2,
         gt=0.0,
         lt=1.0,
-        description="share of a set of numbers to test on, drawn by the seed, unless it has its own",
+        description="share to test on of a set of numbers, drawn by the seed, or of pictures with texts, by these; "
+        "unless the set has its own",
     )
     imbalance: Float = Field(
         1.0,
@@ -301,5 +307,13 @@ class EvalSection(Section):
     batch_size: int = Field(500, ge=1, description="samples that are evaluated at once")
     checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
     parts: list[str] = Field(
-        default_factory=list, description="of an image-text run, what is measured at the end; empty: everything"
+        default_factory=list,
+        description=f"of an image-text run, what is measured at the end, of {', '.join(MEASURES)}; empty: all there is",
     )
+
+    @field_validator("parts")
+    @classmethod
+    def _measures_exist(cls, value: list[str]) -> list[str]:
+        for name in value:
+            check_name("measure", name, MEASURES)
+        return value

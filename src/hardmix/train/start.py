@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hardmix import __version__
 from hardmix.data.cache import cache_folder
 from hardmix.distributed import from_first
 from hardmix.models.lora import merged
 from hardmix.train.errors import Interrupted, RunError
-from hardmix.train.recipe import Recipe, load_recipe
-from hardmix.train.state import load_checkpoint
+from hardmix.train.recipe import Recipe, start_recipe
+from hardmix.train.state import load_checkpoint, measured_weights
+
+#: folders of starts that are being trained, each for the one before it
+_PREPARING: list[Path] = []
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -26,7 +30,7 @@ def start_folder(recipe: Recipe) -> Path | None:
         return None
     if (Path(start) / "recipe.toml").is_file():
         return Path(start)
-    before = load_recipe(start)
+    before = start_recipe(start)
     # Defaults that a recipe does not write out belong to a version.
     content = json.dumps([__version__, before.model_dump(mode="json")], sort_keys=True)
     return cache_folder("runs") / f"{before.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
@@ -36,29 +40,62 @@ def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | N
     """Train the recipe that `tune.start` names, unless that has been done; all processes call it alike."""
     from hardmix.train.loop import run_recipe
 
-    folder = start_folder(recipe)
-    # One process looks: another run may finish the start just now.
-    if folder is None or from_first((folder / "summary.json").is_file()):
+    start = recipe.tune.start
+    if not start:
         return
-    if (Path(recipe.tune.start) / "recipe.toml").is_file():
+    before, folder = start_recipe(start), start_folder(recipe)
+    assert folder is not None
+    # One process looks: another run may finish the start just now.
+    if from_first((folder / "summary.json").is_file()):
+        return
+    if folder == Path(start):
         raise RunError(
-            f"tune.start is {recipe.tune.start}, a run that has not finished; go on with it first: hardmix run "
-            f"--resume {recipe.tune.start}"
+            f"tune.start is {start}, a run that has not finished; go on with it first: hardmix run --resume {start}"
         )
+    if folder in _PREPARING:
+        raise RunError(f"tune.start is {start}, which starts from itself; name another one.")
+    _PREPARING.append(folder)
     try:
-        run_recipe(load_recipe(recipe.tune.start), folder, resume=True, progress=progress)
+        run_recipe(before, folder, resume=True, progress=progress)
     except Interrupted as stopped:
-        message = f"stopped while training {recipe.tune.start}, which tune.start names; the same command goes on."
+        message = f"stopped while training {start}, which tune.start names; the same command goes on."
         raise Interrupted(message, stopped.signum) from None
+    except ValueError as error:
+        raise ValueError(f"tune.start is {start}, which can't be trained as it is: {error}") from None
+    finally:
+        _PREPARING.pop()
 
 
-def start_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """The model's tensors at the end of the run that `tune.start` names, adapters merged."""
+class Kept(nn.Module):
+    """Tensors that a checkpoint keeps as they are, by whatever names: of the run that this one started from.
+
+    Weights that training began with, which "before", WiSE-FT, TPGM and Lipsum-FT need after the start may be gone or
+    another one; and hashes of the texts that training has seen.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.tensors = dict(tensors or {})
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return dict(self.tensors)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        self.tensors = dict(state_dict)
+
+
+def hashed(texts: Iterable[str]) -> Tensor:
+    """Ascending int64 hashes of texts."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return torch.tensor(sorted(int.from_bytes(digest, "little", signed=True) for digest in digests), dtype=torch.long)
+
+
+def start_tensors(recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's tensors that the run which `tune.start` names was measured with, adapters merged, and hashes of the
+    texts that it was trained on."""
     folder = start_folder(recipe)
     assert folder is not None
-    tensors = load_checkpoint(folder / "checkpoints", "last").tensors
-    if "ema" not in tensors:
-        return merged(tensors["model"])
-    prefix = "module."
-    ema = {name.removeprefix(prefix): value for name, value in tensors["ema"].items() if name.startswith(prefix)}
-    return merged(ema)
+    which = start_recipe(recipe.tune.start).eval.checkpoint
+    tensors = load_checkpoint(folder / "checkpoints", which).tensors
+    seen = tensors.get("seen", {}).get("texts", torch.arange(0))
+    return merged(measured_weights(tensors)), seen

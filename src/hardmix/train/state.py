@@ -176,6 +176,14 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(tensors, json.loads(contents["state.json"]), folder)
 
 
+def measured_weights(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The model's tensors that a run is measured with: averaged, where the recipe keeps an average."""
+    if "ema" not in tensors:
+        return tensors["model"]
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in tensors["ema"].items() if name.startswith(prefix)}
+
+
 def match_shapes(who: str, model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """Name the first key by which a checkpoint does not fit a model, before anything is loaded."""
     own = model.state_dict()

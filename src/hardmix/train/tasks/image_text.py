@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ from hardmix.models.pair_captioner import PairCaptioner, PairNet
 from hardmix.models.pair_model import PARTS as MODEL_PARTS
 from hardmix.models.pair_model import PairModel, PairOutput
 from hardmix.train.cached_gradients import cached_step
-from hardmix.train.components import build_objective, build_pair_objective, build_policy, check_name, lipsum_options
+from hardmix.train.components import build_objective, build_pair_objective, build_policy, lipsum_options
 from hardmix.train.files import write_bytes
 from hardmix.train.pair_after import TPGM_BATCH, After, after_tuning
 from hardmix.train.pair_captions import TokenizerRecord, Writer, run_tokenizer
 from hardmix.train.pair_losses import SIGMOID, PairObjective
-from hardmix.train.pair_measures import PARTS, PairMeasures, class_rows
-from hardmix.train.recipe import Recipe
+from hardmix.train.pair_measures import PairMeasures, class_rows
+from hardmix.train.recipe import Recipe, start_recipe
 from hardmix.train.schedule import Stage
+from hardmix.train.sections import MEASURES
 from hardmix.train.seeds import derive, generator
-from hardmix.train.start import start_folder, start_weights
+from hardmix.train.start import Kept, hashed, start_tensors
 from hardmix.train.state import match_shapes
 from hardmix.train.tasks.pair_data import PairData
 
@@ -85,9 +87,7 @@ class ImageText:
         tune = recipe.tune
         self.data = PairData(recipe.data, recipe.seed, tune.classes)
         self._check_data()
-        for name in recipe.eval.parts:
-            check_name("measure", name, PARTS)
-        self.measured = tuple(recipe.eval.parts) or PARTS
+        self.measured = self._measured()
         head = bool(tune.head)
         objective: nn.Module
         if head and recipe.objective.name != "lipsum":
@@ -129,11 +129,14 @@ class ImageText:
         self.inputs = built.images(self.data.pairs.images)
         self.text_inputs = built.texts
         self.tokens, self.choices = self._training_texts()
-        self.first_weights: dict[str, Tensor] | None = None
-        if tune.start:
-            self._begin(pretrained)
-        elif head:
+        #: what training began with; of a run that goes on, or is measured, it comes with the checkpoint
+        self.kept = Kept()
+        seen = hashed(self.data.seen_texts(self.data.rows["train"]))
+        if tune.start and pretrained:
+            seen = self._begin(seen)
+        elif head and not tune.start:
             self._zero_shot_head()
+        self.seen = Kept({"texts": seen})
         # What some stage trains is trained as far as optimizer and processes are concerned.
         last = len(self.stages()) - 1
         #: towers of which adapters are trained, not the weights
@@ -145,9 +148,9 @@ class ImageText:
         if self.model.logit_bias is not None and not isinstance(objective, SIGMOID):
             self.model.logit_bias.requires_grad_(False)  # processes would wait for its gradient
         self.policy = None if recipe.policy is None else build_policy(recipe.policy, None)
-        lipsum = self._lipsum()
-        reference = None if lipsum is None else self._before(self.model)
-        self.objective = PairObjective(objective, self.model, lipsum, reference)
+        self.objective = PairObjective(objective, self.model, self._lipsum())
+        if recipe.train.epochs and not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("tune leaves nothing to train; take a part out of tune.freeze, or set train.epochs=0.")
         self.augment = Augment(recipe.data.augment)
         self.shared: Tensor | None = None
         #: rows of the set whose pictures the report shows
@@ -165,6 +168,21 @@ class ImageText:
                 wants = f"tune.after={tune.after} is fitted"
             if wants:
                 raise ValueError(f"{wants} but nothing is kept for validation; set data.validation above 0.")
+
+    def _measured(self) -> tuple[str, ...]:
+        """The measures that are asked for and that there are for this set and model."""
+        there = {
+            "zeroshot": bool(self.data.class_names),
+            "arithmetic": self.data.pairs.name == "emoji",
+            "caption": self.recipe.model.name == "coca",
+        }
+        found = tuple(name for name in self.recipe.eval.parts or MEASURES if there.get(name, True))
+        if not found:
+            raise ValueError(
+                f"eval.parts is {self.recipe.eval.parts}, of which {self.data.pairs.name} and model "
+                f"{self.recipe.model.name} have none; take retrieval, for one."
+            )
+        return found
 
     def _captions(self) -> list[list[str]]:
         if self.recipe.tune.texts == "classes":
@@ -184,22 +202,44 @@ class ImageText:
         self.counts = torch.tensor([len(own) for own in rows])
         return self.text_inputs(list(known)), choices
 
-    def _begin(self, load: bool) -> None:
-        """The weights of the start; a head and a bias that it lacks stay as they are made here."""
-        weights = start_weights(self.recipe)
+    @property
+    def first_weights(self) -> dict[str, Tensor] | None:
+        return self.kept.tensors or None
+
+    def _begin(self, seen: Tensor) -> Tensor:
+        """The weights of the start; a head and a bias that it lacks stay as they are made here.
+
+        Returns:
+            Hashes of the texts that it, and this run by then, have been trained on.
+        """
+        weights, before = start_tensors(self.recipe)
+        if start_recipe(self.recipe.tune.start).data.name != self.recipe.data.name:
+            before = before[:0]  # another set's pictures, whatever their texts
+        self._check_unseen(before)
         own = self.model.state_dict()
         fresh = [name for name in own if name not in weights and name.startswith(("head.", "logit_bias"))]
         weights = {name: value for name, value in weights.items() if not name.startswith("head.") or name in own}
         if self.model.logit_bias is None:
             weights.pop("logit_bias", None)
         match_shapes("tune.start", self.model, weights | {name: own[name] for name in fresh})
-        self.first_weights = weights
         if self.recipe.tune.temperature:
-            self.first_weights = weights | {"logit_scale": torch.tensor(-math.log(self.recipe.tune.temperature))}
-        if load:
-            self.model.load_state_dict({**own, **self.first_weights})
-            if self.recipe.tune.head and "head.weight" in fresh:
-                self._zero_shot_head()
+            weights |= {"logit_scale": torch.tensor(-math.log(self.recipe.tune.temperature))}
+        self.kept = Kept(weights)
+        self.model.load_state_dict({**own, **weights})
+        if self.recipe.tune.head and "head.weight" in fresh:
+            self._zero_shot_head()
+        return torch.cat([seen, before]).unique()
+
+    def _check_unseen(self, before: Tensor) -> None:
+        """That nothing is tested which the start was trained on."""
+        test = self.data.seen_texts(self.data.rows["test"]) - self.data.seen_texts(self.data.rows["train"])
+        known = int(torch.isin(hashed(test), before).sum())
+        if known:
+            raise ValueError(
+                f"tune.start is {self.recipe.tune.start}, which was trained on {known:,} of the {len(test):,} texts "
+                f"that {self.data.pairs.name} is tested on here; give both the same data.test and pictures, or train "
+                "the start again."
+            )
 
     @torch.no_grad()
     def _zero_shot_head(self) -> None:
@@ -218,7 +258,9 @@ class ImageText:
         if self.recipe.objective.name != "lipsum":
             return None
         weight, count = lipsum_options(self.recipe.objective)
-        words = sorted({word for texts in self.data.pairs.captions for word in texts[0].split()})
+        words = sorted(
+            {word for row in self.data.rows["train"].tolist() for word in self.data.pairs.captions[row][0].split()}
+        )
         draws = generator(self.recipe.seed, "lipsum")
         drawn = torch.randint(len(words), (count, LIPSUM_WORDS), generator=draws)
         texts = [" ".join(words[number] for number in row) for row in drawn.tolist()]
@@ -247,6 +289,10 @@ class ImageText:
         """Called before each epoch."""
         self._freeze(stage)
         self.objective.set_epoch(epoch)
+        if self.objective.lipsum is not None and self.objective.reference is None:
+            reference = self._before(self.model)
+            assert reference is not None
+            self.objective.refer_to(reference.to(self.model.logit_scale.device))
 
     def end_epoch(self, model: nn.Module, device: torch.device) -> None:
         """Called after each epoch; nothing is tracked."""
@@ -260,7 +306,7 @@ class ImageText:
 
     def modules(self) -> dict[str, nn.Module]:
         """What is trained or tracked besides the model, by the name it has in a checkpoint."""
-        tracked: dict[str, nn.Module] = {"objective": self.objective}
+        tracked: dict[str, nn.Module] = {"objective": self.objective, "start": self.kept, "seen": self.seen}
         if self.tokenizer is not None:
             tracked["tokenizer"] = TokenizerRecord(self.tokenizer)
         return tracked if self.policy is None else tracked | {"policy": self.policy}
@@ -456,7 +502,8 @@ class ImageText:
     def _measured_before(self, before: PairNet, device: torch.device) -> tuple[dict[str, Any], Found]:
         """Measures and examples of the weights that training began with, shared by the runs of a comparison."""
         recipe = self.recipe
-        key = repr((start_folder(recipe), recipe.data, recipe.model, recipe.tune.temperature, recipe.tune.classes))
+        key = hashlib.sha256(b"".join(x.numpy().tobytes() for x in self.kept.tensors.values())).hexdigest()
+        key += repr((recipe.data, recipe.model, recipe.tune.classes))
         key += repr((self.measured, str(device), recipe.seed if recipe.data.train_samples else 0))
         if key not in _BEFORE:
             measures = self.measures(before, device)
@@ -481,11 +528,12 @@ class ImageText:
     def after(self, model: PairNet, device: torch.device) -> After:
         """The model to measure, once `tune.after` has been applied."""
         held = self.data.rows["validation"]
-        order = torch.randperm(len(held), generator=generator(self.recipe.seed, "tpgm"))
-        pairs = []
-        for rows in held[order].split(TPGM_BATCH):
-            texts = self.tokens[self.choices[rows, 0].to(device)]
-            pairs.append((self._ready(as_floats(self.inputs[rows].to(device))), texts))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            order = torch.randperm(len(held), generator=generator(self.recipe.seed, "tpgm"))
+            for rows in held[order].split(TPGM_BATCH):
+                texts = self.tokens[self.choices[rows, 0].to(device)]
+                yield self._ready(as_floats(self.inputs[rows].to(device))), texts
 
         def score(candidate: PairNet, shift: float) -> float:
             return self.measures(candidate, device, shift).validate()[self.score]
@@ -514,7 +562,7 @@ class ImageText:
                 "shift": sum(shifted),
                 "styles": list(pairs.style_names),
                 "trained_styles": list(self.data.trained),
-                "concepts": len(pairs.concept.unique()),
+                "concepts": len(self.data.concept.unique()),
                 "source": pairs.source,
                 "license": pairs.license,
             },

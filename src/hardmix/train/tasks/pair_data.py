@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class PairData:
     Attributes:
         pairs: the set.
         trained: styles to train on; the other ones, `shifted`, are the distribution shift. Both () without styles.
+        concept: (N,) long; as the set has it, but pictures with the same first text are one, since that finds both.
         rows: "train", "validation" and "test" -> (n,) long, ascending, of the trained styles.
         class_names: classes of the pictures; () where the set has none.
         labels: (N,) long class of each picture, if there are classes.
@@ -37,7 +40,10 @@ class PairData:
         )
         pairs, self.trained = load_pairs(section.name, section.path or None, options)
         self.pairs: Pairs = pairs._replace(split=_splits(pairs, section))
-        self.shifted = tuple(name for name in pairs.style_names if name not in self.trained)
+        holder: dict[str, int] = {}
+        firsts = zip(pairs.captions, pairs.concept.tolist(), strict=True)
+        self.concept = torch.tensor([holder.setdefault(texts[0], number) for texts, number in firsts])
+        self.shifted = self._shifted()
         self.rows = {split: self._rows(split, self.trained) for split in SPLIT_NAMES}
         if section.train_samples:
             train = self.rows["train"]
@@ -50,6 +56,26 @@ class PairData:
                     "or another share."
                 )
         self.class_names, self.labels = _classes(pairs, classes)
+        if twice := self.seen_texts(self.rows["train"]) & self.seen_texts(self.rows["test"]):
+            warnings.warn(
+                f"data: {len(twice):,} texts of {pairs.name} are of pictures to train on and to test on "
+                f"({min(twice)!r:.60}); what finds them may know them by heart.",
+                stacklevel=2,
+            )
+
+    def seen_texts(self, rows: Tensor) -> set[str]:
+        """All texts of these rows."""
+        return {text for row in rows.tolist() for text in self.pairs.captions[row]}
+
+    def _shifted(self) -> tuple[str, ...]:
+        """The other styles, those without pictures to test on left out."""
+        names = []
+        for name in self.pairs.style_names:
+            if name not in self.trained and len(self.style_rows("test", name)) >= 2:
+                names.append(name)
+            elif name not in self.trained:
+                warnings.warn(f"data: style {name} has too few pictures to test on, and is left out.", stacklevel=2)
+        return tuple(names)
 
     def style_rows(self, split: str, style: str) -> Tensor:
         """Rows of one split in one style, ascending; "" for a set without styles."""
@@ -66,7 +92,7 @@ class PairData:
     def texts(self, concepts: Tensor) -> list[str]:
         """The first text of each of these concepts."""
         first: dict[int, str] = {}
-        for number, captions in zip(self.pairs.concept.tolist(), self.pairs.captions, strict=True):
+        for number, captions in zip(self.concept.tolist(), self.pairs.captions, strict=True):
             first.setdefault(number, captions[0])
         return [first[number] for number in concepts.tolist()]
 
@@ -81,7 +107,7 @@ def _splits(pairs: Pairs, section: DataSection) -> Tensor:
     Alike for all seeds: a run that starts from another one must not be tested on what that was trained on.
     """
     if pairs.split is None:
-        return draw_split(pairs.concept, test=section.test, validation=section.validation)
+        return draw_split(pairs.captions, test=section.test, validation=section.validation)
     split = pairs.split.clone()
     if not bool((split == VALIDATION).any()) and section.validation:
         train = split == TRAIN
