@@ -143,13 +143,13 @@ def test_a_comparison_shows_errors_where_lower_is_better(tmp_path) -> None:
 
 def test_a_measure_that_is_not_defined_is_shown_as_missing(tmp_path, monkeypatch, capsys) -> None:
     """Constant predictions have no correlation: NaN in memory, null on disk, n/a on the screen."""
-    from hardmix.cli import _print_comparison
+    from hardmix.terminal import print_comparison
 
     constant = Regression.predict
     monkeypatch.setattr(Regression, "predict", lambda self, *args: torch.zeros_like(constant(self, *args)))
     monkeypatch.setattr(Regression, "metrics", ("pearson", *Regression.metrics))
     result = compare([small(name="one"), small(name="two", policy={"name": "mixup"})], [0, 1], tmp_path, workers=1)
-    _print_comparison(result)
+    print_comparison(result)
     assert "n/a" in capsys.readouterr().out
     assert json.loads((tmp_path / "comparison.json").read_text())["table"][0]["metrics"]["pearson"]["mean"] is None
 

@@ -1,0 +1,200 @@
+"""What the command line shows: progress, tables of metrics and of comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def say_where(what: str, path: Path) -> None:
+    console.print(f"{what}: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
+
+
+def print_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    # Values stand below what they are measured at; a narrow terminal may wrap the line, but not the cells.
+    Console(highlight=False, width=max(console.width, 140)).print(table)
+
+
+def _columns() -> list[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+
+
+def _note(event: dict[str, Any]) -> str:
+    """'loss 0.123 acc 0.850 4,000 samples/s', of what the task logs."""
+    losses = [f"{name} {event[name]:.3f}" for name in ("loss", "contrast") if name in event]
+    accuracy = [f"acc {event['accuracy']:.3f}"] if "accuracy" in event else []
+    return " ".join([*losses, *accuracy, f"{event['images_per_s']:,.0f} samples/s"])
+
+
+@contextmanager
+def one_bar(name: str) -> Iterator[Any]:
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=console) as bar:
+        task = bar.add_task(escape(name), total=None, note="")
+
+        def tell(event: dict[str, Any]) -> None:
+            note = f"epoch {event['epoch']}/{event['epochs']} {_note(event)}"
+            bar.update(task, total=event["steps"], completed=event["step"], note=note)
+
+        yield tell
+
+
+@contextmanager
+def many_bars(labels: list[str]) -> Iterator[Any]:
+    """One bar for all runs, one for each run that is going on."""
+    from rich.progress import Progress
+
+    with Progress(*_columns(), console=console) as bar:
+        # In hundredths of a run, so that the time left is known long before the first run ends.
+        share = dict.fromkeys(range(len(labels)), 0.0)
+        whole = bar.add_task("[bold]all runs[/bold]", total=100 * len(labels), note="")
+        open_bars: dict[int, Any] = {}
+
+        def watch(number: int, event: dict[str, Any]) -> None:
+            if event.get("done"):
+                share[number] = 100.0
+                if number in open_bars:
+                    bar.remove_task(open_bars.pop(number))
+            else:
+                if number not in open_bars:
+                    open_bars[number] = bar.add_task(escape(labels[number]), total=event["steps"], note="")
+                bar.update(open_bars[number], completed=event["step"], note=_note(event))
+                share[number] = 100.0 * event["step"] / event["steps"]
+            done = sum(value == 100.0 for value in share.values())
+            bar.update(whole, completed=int(sum(share.values())), note=f"{done} of {len(labels)} done")
+
+        yield watch
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    print_metrics(
+        summary["test"],
+        f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test "
+        + summary["data"].get("kind", "images"),
+        summary.get("before"),
+    )
+
+
+#: what the tables call a metric; rates are shown in per cent
+TITLES = {
+    "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "mixup_both": "both in Mixup %",
+    "cutmix_both": "both in CutMix %", "mae": "MAE", "rmse": "RMSE", "gm": "GM", "r2": "R2", "pearson": "Pearson",
+    "spearman": "Spearman", "ordinality": "ordinality", "local_linearity": "non-linearity",
+    "recall_1": "R@1 %", "recall_5": "R@5 %", "recall_10": "R@10 %", "median_rank": "rank",
+    "shift_recall_1": "shift R@1 %", "shift_recall_5": "shift R@5 %", "shift_ece": "shift ECE %",
+    "seen_shift_recall_5": "seen, shift R@5 %", "zeroshot": "zero-shot %", "shift_zeroshot": "shift zero-shot %",
+    "fewshot_4": "4-shot %", "shift_fewshot_4": "shift 4-shot %", "arithmetic": "arithmetic %", "gap": "gap",
+    "caption_exact": "caption exact %", "caption_edit_distance": "caption edits", "caption_bleu_4": "BLEU-4 %",
+    "caption_cider": "CIDEr", "shift_caption_exact": "shift caption exact %",
+    "shift_caption_edit_distance": "shift caption edits", "shift_caption_bleu_4": "shift BLEU-4 %",
+    "shift_caption_cider": "shift CIDEr",
+}  # fmt: skip
+
+
+#: what a terminal has no room for in a comparison
+IN_THE_REPORT = (
+    *("top5", "gm", "pearson", "local_linearity", "recall_10", "median_rank", "shift_recall_1"),
+    *("seen_shift_recall_5", "shift_zeroshot", "shift_fewshot_4", "gap"),
+    *("caption_bleu_4", "shift_caption_exact", "shift_caption_bleu_4", "shift_caption_cider"),
+    "shift_caption_edit_distance",
+)
+
+
+#: metrics that fit side by side on a narrow terminal
+MOST_COLUMNS = 10
+
+
+def print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | None = None) -> None:
+    """Up to a handful of metrics side by side; more one below the other, with what they were before where known."""
+    shown = [key for key in TITLES if key in test]
+    if len(shown) <= MOST_COLUMNS:
+        table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for key in shown:
+            table.add_column(TITLES[key], justify="right")
+        table.add_row(*(_number(test[key], key) for key in shown))
+        console.print(table)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("before", "after") if before else ("test",):
+        table.add_column(name, justify="right")
+    for key in shown:
+        values = ([_number(before.get(key), key)] if before else []) + [_number(test[key], key)]
+        table.add_row(TITLES[key], *values)
+    console.print(escape(title))
+    console.print(table)
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Means with 95 % intervals, then the paired difference of top-1 against the first recipe."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe", overflow="fold")
+    shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
+    for metric in shown:
+        table.add_column(TITLES[metric], justify="right")
+    for row in result["table"]:
+        table.add_row(escape(row["name"]), *(_with_interval(row["metrics"][metric], metric) for metric in shown))
+    console.print(table)
+    seeds = len(result["seeds"])
+    if seeds == 1:
+        console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
+        return
+    console.print(f"Mean over {seeds} seeds with 95 % interval.")
+    key = result["metrics"][0]
+    title = TITLES[key].removesuffix(" %").capitalize() if TITLES[key].endswith("%") else TITLES[key]
+    console.print(f"{title} against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
+    _print_tests([(row["name"], row["versus_first"][key]) for row in result["table"][1:]], key)
+    told = {key: title, "cutmix_both": "Both classes of half-and-half CutMix images"}
+    for metric, title in told.items() if result["twins"] else ():
+        if metric in result["metrics"]:
+            console.print(f"{title}, same policy with another objective:")
+            tests = [(f"{t['name']} against {t['base']}", t["tests"][metric]) for t in result["twins"]]
+            _print_tests(tests, metric)
+
+
+def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    factor, unit = (100, " points") if TITLES[metric].endswith("%") else (1, "")
+    for name, test in tests:
+        if test["p"] is None:  # a measure that is not defined for one of them, such as a correlation of constants
+            table.add_row(f"  {escape(name)}", "n/a", "", "")
+            continue
+        difference = f"{factor * test['difference']:+.2f}{unit}"
+        interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
+        table.add_row(f"  {escape(name)}", difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})")
+    console.print(table)
+
+
+def _number(value: float | None, metric: str) -> str:
+    if value is None or value != value:
+        return "n/a"
+    return f"{100 * value:.2f}" if TITLES[metric].endswith("%") else f"{value:.3f}"
+
+
+def _with_interval(value: dict[str, Any], metric: str) -> str:
+    mean = value["mean"]
+    if value["low"] is None:
+        return _number(mean, metric)
+    return f"{_number(mean, metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"
