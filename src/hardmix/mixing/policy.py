@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -105,6 +107,25 @@ class Policy(nn.Module):
 
     def set_progress(self, fraction: float) -> None:
         """Tell the policy how much of the training is done, from 0 to 1. Only a schedule listens (see `Scheduled`)."""
+
+    def relabel(self, logits: Tensor, target: MixedTarget) -> MixedTarget:
+        """The target that the mixed batch is trained with, once the model has seen it.
+
+        Called after the forward of the model on the mixed batch and before the loss, with its `logits` and the target
+        that `forward` gave. Policies that weigh labels by attention or by what is predicted change the shares here; all
+        others return the target as it is.
+        """
+        return target
+
+    def loss(self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor]) -> Tensor | None:
+        """What a policy adds to the loss of the batch that it mixed last: learnt policies their own, others None.
+
+        Called after `relabel`; `criterion` is the objective, `criterion(logits, target)`.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer; policies that follow the model's weights do so here."""
 
     def _plan_and_target(
         self, x: Tensor, y: Tensor, generator: Generator | None, kind: str
