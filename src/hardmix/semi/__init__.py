@@ -1,0 +1,7 @@
+"""Learning from few labels: `output = algorithm(model, SemiBatch(x, y, views, index))`."""
+
+from hardmix.semi.algorithm import SemiAlgorithm, SemiBatch, SemiOutput
+from hardmix.semi.fixmatch import FixMatch
+from hardmix.semi.pairs import MixedPairs
+
+__all__ = ["FixMatch", "MixedPairs", "SemiAlgorithm", "SemiBatch", "SemiOutput"]

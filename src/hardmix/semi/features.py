@@ -1,0 +1,33 @@
+"""The features that a model's classifier reads, for methods that look at them, whatever the model is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hardmix import _check
+
+
+def find_head(who: str, model: nn.Module, head: str = "") -> nn.Linear:
+    """The linear layer that makes a model's logits: the one named, or the last one that the model holds."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: model is a {type(model).__name__}; pass a torch.nn.Module.")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if head and head not in layers:
+        near = _check.did_you_mean(head, layers)
+        raise ValueError(f"{who}: head names {head!r}, which is no linear layer of the model{near}.")
+    if not layers:
+        raise ValueError(f"{who}: the model has no linear layer to read features in front of; pass one that has.")
+    return layers[head] if head else list(layers.values())[-1]
+
+
+def with_features(model: nn.Module, x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(N, C) logits of `x` and the (N, D) features that `head` made them of, from one forward."""
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        logits = model(x)
+    finally:
+        handle.remove()
+    if not seen:
+        raise RuntimeError("with_features: the forward did not pass through the head; name the layer that it uses.")
+    return logits, seen[-1]
