@@ -1,4 +1,4 @@
-"""Learning from few labels: `output = algorithm(model, SemiBatch(x, y, views, index))`."""
+"""Learning from few labels: `output = algorithm(model, SemiBatch(x, y, views, ids))`."""
 
 from hardmix.semi.algorithm import SemiAlgorithm, SemiBatch, SemiOutput
 from hardmix.semi.fixmatch import FixMatch

@@ -22,13 +22,13 @@ class SemiBatch(NamedTuple):
         x: (B, ...) labelled samples, weakly augmented, as the model takes them.
         y: (B,) their classes.
         views: one (U, ...) tensor for each of the algorithm's `views`; () where it takes no unlabelled samples.
-        index: (U,) the unlabelled samples' numbers in their set, for what is remembered of each.
+        ids: (U,) the unlabelled samples' numbers in their set, for what is remembered of each.
     """
 
     x: Tensor
     y: Tensor
     views: tuple[Tensor, ...] = ()
-    index: Tensor | None = None
+    ids: Tensor | None = None
 
 
 class SemiOutput(NamedTuple):
@@ -54,9 +54,9 @@ class SemiAlgorithm(nn.Module):
 
     A plain loop:
 
-        for x, y, weak, strong, index in loader:
+        for x, y, weak, strong, ids in loader:
             algorithm.set_progress(step / steps)
-            output = algorithm(model, SemiBatch(x, y, (weak, strong), index))
+            output = algorithm(model, SemiBatch(x, y, (weak, strong), ids))
             output.loss.backward()
             optimizer.step()
             algorithm.after_step(model)
