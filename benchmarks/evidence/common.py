@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hardmix.metrics.statistics import PairedTest, holm, mean_interval
-from hardmix.train.compare import plan_jobs
+from hardmix.train.compare import compare, default_workers, plan_jobs
+from hardmix.train.errors import Interrupted
 from hardmix.train.loop import read_summary
 from hardmix.train.recipe import Recipe
+from hardmix.train.tasks import TASKS
 
 #: a table of a page, between `<!-- evidence: NAME -->` and `<!-- end -->`
 PART = re.compile(r"(<!-- evidence: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -50,6 +53,54 @@ def finished_runs(recipes: list[Recipe], seeds: list[int], out: Path) -> tuple[l
     jobs = {(job.recipe.name, job.recipe.seed): job.folder for job in plan_jobs(recipes, seeds, out)}
     finished = [s for s in seeds if all((jobs[r.name, s] / "summary.json").is_file() for r in recipes)]
     return finished, {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
+
+
+def run_groups(
+    chosen: Mapping[str, list[Recipe]], here: Path, out: Path, seeds: list[int], jobs: int, command: str
+) -> int:
+    """Train the comparisons one after another and write what they gave, also of one that is stopped.
+
+    Args:
+        chosen: comparison -> recipes.
+        here: folder of the study, whose `results` get a table and a JSON file for each comparison.
+        out: where the runs go; finished ones are kept, broken ones resumed.
+        jobs: runs side by side; 0: one per core, or one on a GPU.
+        command: what is typed, to which the comparison is added.
+    Returns:
+        What the process ends with.
+    """
+    watch = progress_line(sum(len(plan_jobs(recipes, seeds, out / name)) for name, recipes in chosen.items()))
+    stopped: Interrupted | None = None
+    for name, recipes in chosen.items():
+        typed = f"{command} --only {name}" + f" --jobs {jobs}" * bool(jobs)
+        workers = jobs or default_workers(len(recipes) * len(seeds))
+        try:
+            compare(recipes, seeds, out / name, workers=workers, command=typed, title=name, watch=watch(name))
+        except Interrupted as error:
+            stopped = error
+        write_results(here / "results", name, recipes, seeds, out, typed)
+        if stopped is not None:
+            print(f"\n{stopped}", file=sys.stderr)
+            return 128 + stopped.signum
+    print(file=sys.stderr)
+    return 0
+
+
+def write_results(folder: Path, name: str, recipes: list[Recipe], seeds: list[int], out: Path, command: str) -> None:
+    """One row for each run of the seeds that every method has finished, and how they came about."""
+    finished, runs = finished_runs(recipes, seeds, out / name)
+    if not finished:
+        return
+    folder.mkdir(exist_ok=True)
+    first = runs[recipes[0].name, finished[0]]
+    known = [m for m in TASKS[recipes[0].task].metrics if all(m in run["test"] for run in runs.values())]
+    write_rows(folder / f"{name}.csv", runs, known)
+    about = {"command": command, "seeds": finished, "versions": first["versions"], "device": first["device"]}
+    counts = [key for key in ("name", "train", "labelled", "unlabelled", "test") if key in first["data"]]
+    about |= {"data": {key: first["data"][key] for key in counts}, "model": first["model"]}
+    recipe = recipes[0].model_dump(mode="json", exclude_none=True, exclude={"name", "policy", "objective", "seed"})
+    recipe["data"].pop("path")
+    (folder / f"{name}.json").write_text(json.dumps({**about, "recipe": recipe}, indent=1) + "\n", encoding="utf-8")
 
 
 def write_rows(path: Path, runs: Runs, metrics: Sequence[str]) -> None:

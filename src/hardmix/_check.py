@@ -52,6 +52,13 @@ def integer(who: str, name: str, value: object, low: int) -> int:
     return value
 
 
+def boolean(who: str, name: str, value: object) -> bool:
+    """True or False, not something that counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: {name} is {value!r}; pass True or False.")
+    return value
+
+
 def interval(who: str, name: str, value: object, low: float, high: float) -> tuple[float, float]:
     """A pair (a, b) of numbers with low <= a <= b <= high."""
     try:

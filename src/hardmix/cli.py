@@ -168,7 +168,9 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            "--task", help="Of an image-text run: retrieval, calibration, zeroshot, arithmetic, geometry, or caption."
+            "--task",
+            help="Of an image-text run: retrieval, calibration, zeroshot, arithmetic, geometry, or caption; of one of "
+            "several modalities: missing.",
         ),
     ] = "",
 ) -> None:
@@ -299,6 +301,9 @@ def list_names() -> None:
         "two-tower models": PAIR_MODELS,
         "text towers": TEXT_TOWERS,
         "sets of pictures with texts": PAIR_SETS,
+        "for several modalities, objectives": tables.MODALITY_OBJECTIVES,
+        "for few labels, algorithms": tables.ALGORITHMS,
+        "policies of pairs": tables.PAIR_POLICIES,
     }.items():
         console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
 

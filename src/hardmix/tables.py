@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hardmix import losses, mixing
+import inspect
+
+from hardmix import losses, mixing, semi
 
 #: Policies that mix a batch.
 POLICIES: dict[str, type] = {
@@ -29,6 +31,37 @@ OBJECTIVES: dict[str, type] = {
     "soft-bce": losses.SoftBCELoss,
     "decoupled-mixup-bce": losses.DecoupledMixupBCELoss,
 }
+
+#: Objectives of several modalities and their joint; plain cross entropy of the joint besides.
+MODALITY_OBJECTIVES: dict[str, type] = {"gmc": losses.GMCLoss, "soft-cross-entropy": losses.SoftCrossEntropyLoss}
+
+#: Algorithms of the few-labels task.
+ALGORITHMS: dict[str, type[semi.SemiAlgorithm]] = {
+    "supervised": semi.Supervised,
+    "pseudo-label": semi.PseudoLabel,
+    "mean-teacher": semi.MeanTeacher,
+    "mixmatch": semi.MixMatch,
+    "remixmatch": semi.ReMixMatch,
+    "uda": semi.UDA,
+    "fixmatch": semi.FixMatch,
+    "flexmatch": semi.FlexMatch,
+    "freematch": semi.FreeMatch,
+    "softmatch": semi.SoftMatch,
+    "fine-tuning": semi.FineTuning,
+    "bss": semi.BSS,
+    "co-tuning": semi.CoTuning,
+    "self-tuning": semi.SelfTuning,
+}
+
+#: Policies and objectives of its pairs of a labelled and an unlabelled sample.
+PAIR_POLICIES = ("mixup", "cutmix", "smoothmix", "fmix", "gridmix", "resizemix")
+MIXED_PAIR_OBJECTIVES = ("decoupled-mixup", "soft-cross-entropy")
+
+
+def takes_pairs(algorithm: str) -> bool:
+    """Whether an algorithm of ALGORITHMS mixes pairs besides what it does."""
+    return "pairs" in inspect.signature(ALGORITHMS[algorithm]).parameters
+
 
 #: Policies that mix whole samples, of whatever shape; the others mix parts of them.
 WHOLE_POLICIES = ("mixup", "manifold-mixup")

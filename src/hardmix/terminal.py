@@ -99,8 +99,11 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 #: what the tables call a metric; rates are shown in per cent
 TITLES = {
-    "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "mixup_both": "both in Mixup %",
-    "cutmix_both": "both in CutMix %", "mae": "MAE", "rmse": "RMSE", "gm": "GM", "r2": "R2", "pearson": "Pearson",
+    "top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %", "pseudo_top1": "pseudo %",
+    "mixup_both": "both in Mixup %", "cutmix_both": "both in CutMix %",
+    "mean_top1": "all subsets %", "missing_0": "complete %", "missing_1": "one missing %",
+    "missing_2": "two missing %", "missing_3": "three missing %",
+    "mae": "MAE", "rmse": "RMSE", "gm": "GM", "r2": "R2", "pearson": "Pearson",
     "spearman": "Spearman", "ordinality": "ordinality", "local_linearity": "non-linearity",
     "recall_1": "R@1 %", "recall_5": "R@5 %", "recall_10": "R@10 %", "median_rank": "rank",
     "shift_recall_1": "shift R@1 %", "shift_recall_5": "shift R@5 %", "shift_ece": "shift ECE %",

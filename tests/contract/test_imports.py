@@ -13,9 +13,9 @@ import hardmix
 
 ROOT = Path(hardmix.__file__).parent
 LEVELS = [
-    {"_check", "_math"},
+    {"_check", "_files", "_math"},
     {"distributed", "kernels"},
-    {"mixing", "losses", "metrics"},
+    {"mixing", "losses", "metrics", "semi"},
     {"tables", "data", "models"},
     {"train"},
     {"report"},
@@ -56,7 +56,7 @@ def test_no_arrow_points_back(path):
             assert LEVEL[other] <= LEVEL[own], f"{own} imports {other}"
 
 
-@pytest.mark.parametrize("module", ["hardmix", "hardmix.mixing", "hardmix.losses"])
+@pytest.mark.parametrize("module", ["hardmix", "hardmix.mixing", "hardmix.losses", "hardmix.semi"])
 def test_the_library_needs_torch_and_numpy_alone(module):
     extras = "accelerate pydantic typer rich matplotlib PIL sklearn scipy torchmetrics safetensors jinja2 timm"
     code = (

@@ -69,17 +69,19 @@ def test_one_row_a_run_and_how_it_came_about(run, monkeypatch, tmp_path, capsys)
 
 
 def test_a_stopped_comparison_keeps_the_seeds_that_all_methods_finished(run, monkeypatch, tmp_path) -> None:
-    compare = run.compare
+    import common
+
+    compare = common.compare
 
     def stop_in_the_second_seed(recipes, seeds, out, **options):
         compare(recipes, seeds[:1], out, **options)
         compare(recipes[:1], seeds[1:], out, **options)
         raise Interrupted("stopped", signal.SIGTERM)
 
-    monkeypatch.setattr(run, "compare", stop_in_the_second_seed)
+    monkeypatch.setattr(common, "compare", stop_in_the_second_seed)
     assert command(run, monkeypatch, tmp_path, "--seeds", "2") == 128 + signal.SIGTERM
     assert rows(tmp_path) == [("none", "0"), ("cutmix", "0")]
-    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(common, "compare", compare)
     assert command(run, monkeypatch, tmp_path, "--seeds", "2") == 0
     assert len(rows(tmp_path)) == 4
 

@@ -17,7 +17,7 @@ import torch
 from docs.test_documents import blocks
 from hardmix import losses, metrics, mixing, tables
 from hardmix.models.build import MODELS, build_model
-from hardmix.train.components import build_contrast, build_objective, build_policy
+from hardmix.train.components import build_contrast, build_modality_objective, build_objective, build_policy
 from hardmix.train.recipe import Recipe, check_recipe, tomllib
 from hardmix.train.weight_space import fit_radii, project, wise_ft
 
@@ -34,7 +34,10 @@ FUNCTIONS = {
     "embedding-shift": (metrics.embedding_shift,),
     "slerp": (mixing.slerp,),
 }
+#: a card -> an objective of several modalities
+MODALITIES = {"gmc": (losses.GMCLoss,)}
 ENTRIES: dict[str, tuple[Any, ...]] = {
+    **MODALITIES,
     **{name: (cls,) for name, cls in (CLASSIFICATION | REGRESSION | tables.PAIR_OBJECTIVES).items()},
     **SHARED,
     **FUNCTIONS,
@@ -111,7 +114,7 @@ def test_edges_speak_of_what_every_card_has_to_settle(name: str) -> None:
     text = " ".join(card(name)["Edges"].split())
     if name in CLASSIFICATION:
         same = "[Ss]ame class"
-    elif name in tables.PAIR_OBJECTIVES or name in FUNCTIONS:
+    elif name in tables.PAIR_OBJECTIVES or name in FUNCTIONS or name in MODALITIES:
         same = "[Ee]qual (pairs|rows)|[Pp]airs equal|both have equal|not tuned"
     else:
         same = "[Ee]qual labels|labels equal"
@@ -197,6 +200,15 @@ def test_recipes_of_a_card_for_numbers_load_and_name_it(name: str) -> None:
             contrast = build_contrast(recipe.contrast.objective, labels)
             alike = [torch.zeros(32)] * ("predictions" in inspect.signature(contrast.forward).parameters)
             assert contrast(torch.randn(32, 5), labels, *alike) != 0
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_recipes_of_a_card_for_modalities_load_and_name_it(name: str) -> None:
+    for table in snippets(name):
+        recipe = check_recipe({"name": "card", "data": {"name": "emoji"}, "train": {"epochs": 100}, **table}, name)
+        assert recipe.objective.name == name
+        rows = list(torch.randn(4, 6, 8))
+        assert build_modality_objective(recipe.objective)(rows[:3], rows[3]).isfinite()
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -452,3 +452,25 @@ def test_a_model_that_can_not_be_built_is_named(open_clip, tmp_path):
         ValueError, match=r"load_open_clip: 'local-dir:.*' can't be built \(TypeError: .*patches.*\); pass"
     ):
         load_open_clip(f"local-dir:{tmp_path}", "weights.pt")
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-custom"])
+def test_a_recipe_tunes_a_saved_model_and_eval_repeats_its_measures(name, saved, tmp_path):
+    pytest.importorskip("accelerate", reason="the training side is another extra")
+    from hardmix.train.evaluate import evaluate_run
+    from hardmix.train.loop import run_recipe
+    from hardmix.train.recipe import check_recipe
+
+    table = {
+        "name": "tuned",
+        "task": "image-text",
+        "data": {"name": "emoji", "domain": "noto", "image_size": 32, "train_samples": 64, "augment": ["crop"]},
+        "model": {"name": "open-clip", "options": {"architecture": name, "checkpoint": str(saved(name)[1])}},
+        "objective": {"name": "m2-mix-siglip" if name == "tiny-custom" else "m2-mix"},
+        "train": {"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "optimizer": "adamw", "lr": 1e-3, "threads": 1},
+        "eval": {"parts": ["retrieval"]},
+    }
+    summary = run_recipe(check_recipe(table, "tuned"), tmp_path / "run")
+    assert summary["model"]["name"] == "open-clip"
+    assert 0.0 < summary["test"]["mrr"] <= 1.0
+    assert evaluate_run(tmp_path / "run")["test"] == pytest.approx(summary["test"])

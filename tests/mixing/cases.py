@@ -27,6 +27,7 @@ from hardmix.mixing import (
 POLICIES: dict[str, Callable[[str], Policy]] = {
     "mixup": lambda per: Mixup(alpha=0.8, per=per),
     "cutmix": lambda per: CutMix(alpha=1.0, per=per),
+    "cutmix-inside": lambda per: CutMix(alpha=1.0, per=per, inside=True),
     "smoothmix": lambda per: SmoothMix(per=per),
     "gridmix": lambda per: GridMix(alpha=1.0, per=per),
     "fmix": lambda per: FMix(alpha=1.0, per=per),

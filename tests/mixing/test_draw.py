@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from hardmix.mixing import AugMix, CutMix, Mixup
-from hardmix.mixing.draw import draw_beta, draw_partner
+from hardmix.mixing.draw import draw_beta, draw_lam, draw_partner
 from mixing.cases import rng
 
 LEAST_P = 1e-4
@@ -164,3 +164,47 @@ class TestBoxes:
             sides = (box[:, :, 1] - box[:, :, 0]).double()
             want = (1 - lam.double())[:, None] ** (1 / len(size)) * torch.tensor(size)
             assert bool(((sides - want).abs() <= 0.5 + 1e-4).all())
+
+    @pytest.mark.parametrize("size", [(12, 20), (17,), (7, 5, 9), (1, 6)], ids=str)
+    def test_inside_the_area_is_the_drawn_one(self, size: tuple[int, ...]) -> None:
+        x = torch.zeros(4000, 1, *size)
+        for alpha in (0.2, 1.0):
+            plan = CutMix(alpha=alpha, inside=True).plan(x, generator=rng(8))
+            # What is drawn, and in which order, is what the clipped box draws.
+            g = rng(8)
+            lam = draw_lam(alpha, draw_partner(4000, "shift", g), "sample", g)
+            assert plan.box is not None
+            start, stop = plan.box.unbind(2)
+            lengths = torch.tensor(size)
+            sides = ((1.0 - lam.double())[:, None] ** (1 / len(size)) * lengths).numpy()
+            assert bool(((start >= 0) & (stop <= lengths)).all())
+            assert np.abs((stop - start).double().numpy() - sides).max() <= 0.5 + 1e-4
+            area = (stop - start).double().prod(1) / lengths.prod()
+            assert torch.equal(plan.lam, (1.0 - area).float())
+
+    def test_inside_every_place_is_equally_likely(self) -> None:
+        from hardmix.mixing.static import inner_box
+
+        place = torch.rand(24_000, 2, generator=rng(1))
+        for side, counts in ((0.0, (13, 21)), (0.5, (7, 11)), (1.0, (1, 1))):
+            box = inner_box(torch.full((24_000,), side), place, self.size)
+            cell = box[:, 0, 0] * counts[1] + box[:, 1, 0]
+            found = torch.bincount(cell, minlength=counts[0] * counts[1])
+            assert len(found) == counts[0] * counts[1]
+            assert side == 1.0 or stats.chisquare(found.numpy()).pvalue > LEAST_P
+        last = torch.full((1, 2), 1.0 - 2.0**-24)  # the largest draw below 1
+        assert inner_box(torch.full((1,), 0.5), last, self.size).tolist() == [[[6, 12], [10, 20]]]
+
+    def test_inside_a_small_share_stays_small(self) -> None:
+        """Where clipped boxes turn most of them over."""
+        x = torch.zeros(8000, 1, 32, 32)
+        assert float((CutMix(alpha=0.2).plan(x, generator=rng()).lam < 0.5).float().mean()) < 0.45
+        inside = CutMix(alpha=0.2, inside=True).plan(x, generator=rng()).lam
+        assert float((inside < 0.5).float().mean()) == pytest.approx(0.5, abs=0.02)
+        assert float(inside.mean()) == pytest.approx(0.5, abs=0.02)
+
+    def test_inside_is_off_by_itself_and_named_when_on(self) -> None:
+        assert "inside" not in repr(CutMix())
+        assert "inside=True" in repr(CutMix(inside=True))
+        with pytest.raises(TypeError, match=r"CutMix: inside is 'yes'; pass True or False\."):
+            CutMix(inside="yes")

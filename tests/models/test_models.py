@@ -21,6 +21,8 @@ PINNED = {
     ("small-resnet", 3): 78_042,
     ("resnet18", 1): 11_172_810,
     ("resnet18", 3): 11_173_962,
+    ("wide-resnet", 1): 1_467_322,
+    ("wide-resnet", 3): 1_467_610,
     ("tiny-vit", 1): 139_018,
     ("tiny-vit", 3): 141_066,
 }
@@ -34,6 +36,7 @@ def small(
         "small-cnn": {"width": 8},
         "small-resnet": {"width": 8},
         "resnet18": {"width": 8},
+        "wide-resnet": {"depth": 10, "width": 1},
         "tiny-vit": {"dim": 16},
         "mobilenet-v2": {"width": 0.25},
         "imagenet-resnet18": {"width": 8},

@@ -14,6 +14,7 @@ from data.test_inchi import made_up, molecules
 from hardmix.data.characters import PADDING, CaptionTokenizer
 from hardmix.data.pair_sets import PAIR_SETS, PairOptions, load_pairs
 from hardmix.metrics.captions import caption_metrics
+from hardmix.models.pair_model import layer_depths
 from hardmix.train.errors import CheckpointError, RecipeError
 from hardmix.train.evaluate import evaluate_run, load_run
 from hardmix.train.loop import run_recipe
@@ -323,3 +324,15 @@ def test_the_recipes_train(name, tmp_path) -> None:
     writer = task._writer(task.model)
     assert writer is not None
     assert len(writer.write(torch.arange(3), 1)) == 3
+
+
+def test_the_layers_of_a_decoder_decay_from_its_end(drawings) -> None:
+    task = ImageText(pairs(drawings, model=with_options(layers=2), objective={"name": "coca"}))
+    depths = layer_depths(task.model)
+    deepest = max(depths.values())
+    assert depths["decoder.positions"] == deepest, "what stands before the layers counts as the first one"
+    first, second = (
+        {depth for name, depth in depths.items() if name.startswith(f"decoder.write.{block}.")} for block in (0, 1)
+    )
+    assert len(first) == len(second) == 1, "a block is one layer"
+    assert deepest > min(first) == min(second) + 1 > 1

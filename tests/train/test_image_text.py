@@ -17,7 +17,8 @@ from hardmix import tables
 from hardmix.train.compare import compare
 from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
 from hardmix.train.evaluate import evaluate_run, load_run
-from hardmix.train.loop import _shares, run_recipe
+from hardmix.train.loop import run_recipe
+from hardmix.train.optimizer import _shares
 from hardmix.train.pair_checks import OF_MIXTURES
 from hardmix.train.pair_eval import pair_tables
 from hardmix.train.recipe import Recipe, check_recipe, load_recipe
@@ -386,7 +387,7 @@ def test_parts_are_held_and_lower_layers_learn_slower(drawings) -> None:
     assert before["logit_scale"].exp().item() == pytest.approx(100.0)
     assert "logit_scale" not in differ(before, after)
     task = ImageText(pairs(drawings, tune={"layer_decay": 0.5}))
-    shares = {id(p): share for share, group in _shares(task.model, 0.5).items() for p in group}
+    shares = {id(p): share for share, group in _shares(task.model, 0.5, {}).items() for p in group}
     assert len(shares) == len(list(task.model.parameters()))
     assert shares[id(task.model.image_projection[1].weight)] == 1.0
     stages = [shares[id(p)] for name, p in task.model.image.named_parameters() if name.endswith("weight")]
@@ -585,3 +586,38 @@ def test_each_measure_has_the_precision_of_the_run(drawings, tmp_path) -> None:
     run_recipe(pairs(drawings, train={"precision": "bf16"}), tmp_path / "run")
     ((_, lines),) = pair_tables(tmp_path / "run", task="geometry")
     assert dict(lines)["uniformity"] == f"{read(tmp_path / 'run')['test']['uniformity']:.4f}"
+
+
+def test_lipsum_draws_its_words_from_captions_that_are_trained_on(emoji, monkeypatch) -> None:
+    seen: list[str] = []
+    task = ImageText(pairs(**EMOJI, tune={"head": True, "start": str(emoji)}, objective={"name": "lipsum"}))
+    monkeypatch.setattr(task, "text_inputs", lambda texts: seen.extend(texts))
+    task._lipsum()
+    known = {word for row in task.data.rows["train"].tolist() for word in task.data.pairs.captions[row][0].split()}
+    assert {word for text in seen for word in text.split()} <= known
+
+
+def test_a_style_without_pictures_to_test_on_is_left_out(tmp_path) -> None:
+    from hardmix.data.emoji import load_emoji
+
+    known = load_emoji(("noto",), flags=False)
+    assert known.split is not None
+    for row in (known.split == 0).nonzero()[:3, 0].tolist():
+        Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / f"{known.ids[row].rpartition('/')[2]}.png")
+    data = {**EMOJI["data"], "styles": {"red": str(tmp_path)}}
+    with pytest.warns(UserWarning, match="style red has too few pictures to test on, and is left out"):
+        task = ImageText(pairs(data=data))
+    assert "red" not in task.data.shifted
+    assert "twemoji" in task.data.shifted
+
+
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        ({"head": True, "probe_epochs": 2, "after": "tpgm"}, "from where a linear probe moves nothing"),
+        ({"head": True, "texts": "classes"}, "so tune.texts makes no difference"),
+    ],
+)
+def test_settings_of_a_head_that_would_do_nothing_are_refused(emoji, tune, words) -> None:
+    with pytest.raises(RecipeError, match=words):
+        pairs(**EMOJI, tune={"start": str(emoji), **tune}, objective={"name": "soft-cross-entropy"})

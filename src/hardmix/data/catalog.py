@@ -27,6 +27,11 @@ FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+EMOJI_GROUPS = (
+    "smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects",
+    "symbols",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -100,6 +105,18 @@ CATALOG: dict[str, Entry] = {
             'pip install "hardmix[train]"',
             package="sklearn",
             read_package=packaged.read_digits,
+        ),
+        Entry(
+            "emoji-groups",
+            "Noto's emoji by the group that Unicode puts them into",
+            1_225,
+            385,
+            (3, 40, 40),
+            EMOJI_GROUPS,
+            "Apache-2.0",
+            "comes with hardmix",
+            package="hardmix",
+            read_package=packaged.read_emoji_groups,
         ),
         Entry(
             "fashion-mnist",

@@ -1,4 +1,4 @@
-"""Data sets that come with an installed package: fashion-mini with hardmix itself, digits with scikit-learn."""
+"""Data sets that come with an installed package: with hardmix itself, and with scikit-learn."""
 
 from __future__ import annotations
 
@@ -58,6 +58,22 @@ def read_fashion_mini() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             raise ValueError(f"read_fashion_mini: {name} is damaged (its pixels have another hash); {again}")
         out += [pixels, torch.arange(images) % NUM_CLASSES]
     return out[0], out[1], out[2], out[3]
+
+
+def read_emoji_groups() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noto's emoji, flags left out, as (N, 3, 40, 40) uint8, and which of eight groups each belongs to.
+
+    1,225 for training and 385 for testing, by the split of `hardmix.data.emoji`, which keeps variants of one thing
+    together; its validation pictures count as training pictures here.
+    """
+    from hardmix.data.emoji import load_emoji
+    from hardmix.data.pairs import SPLIT_NAMES
+
+    emoji = load_emoji(("noto",), flags=False)
+    assert emoji.split is not None
+    assert emoji.group is not None
+    test = emoji.split == SPLIT_NAMES["test"]
+    return emoji.images[~test], emoji.group[~test], emoji.images[test], emoji.group[test]
 
 
 def to_sheet(pixels: Tensor) -> Tensor:

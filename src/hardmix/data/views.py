@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix.data.strong_views import cutout, luma_weights, randaugment
 from hardmix.kernels.blend import box_mask
 from hardmix.mixing.draw import cpu_generator, uniform
 
@@ -21,9 +22,6 @@ CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 COLOR_STRENGTH = 0.2
 #: chance of a box, its share of the area and its aspect ratio in "erase"
 ERASE_CHANCE, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 1 / 3), (0.3, 10 / 3)
-
-#: luma of red, green, blue
-LUMA = (0.299, 0.587, 0.114)
 
 
 class Grid:
@@ -99,7 +97,7 @@ def _color(x: Tensor, generator: Generator | None) -> Tensor:
     n, channels, height, width = x.shape
     top = 1.0 if x.is_floating_point() else 255.0
     factor = uniform(1.0 - COLOR_STRENGTH, 1.0 + COLOR_STRENGTH, (3, n, 1, 1, 1), generator).to(x.device)
-    weight = torch.tensor(LUMA if channels == 3 else [1.0 / channels] * channels, device=x.device)
+    weight = luma_weights(channels, x.device)
     # in place from here on: the batch is the only large allocation
     out = x.to(torch.float32, copy=True).mul_(factor[0]).clamp_(0.0, top)
     middle = (out.mean((2, 3)) @ weight).view(n, 1, 1, 1)
@@ -131,6 +129,8 @@ PAINTS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     "resized-crop": _resized_crop,
     "color": _color,
     "erase": _erase,
+    "randaugment": randaugment,
+    "cutout": cutout,
 }
 
 
@@ -143,6 +143,8 @@ class Augment:
     resized-crop  scale a box of 20 % to 100 % of the area up to the whole picture
     color         brightness, contrast, saturation, each times 0.8 to 1.2
     erase         paint a box of 2 % to 33 % of the area with the mean color, half of the samples
+    randaugment   two operations of 14 (contrast, posterize, rotate ...) at random strengths; on 256 levels
+    cutout        paint a square mid-grey, its side up to half of the shorter one
 
     Args:
         names: any of these, none is fine and changes nothing.

@@ -22,6 +22,7 @@ from hardmix.losses.label_density import FeatureSmoothing, lds_weights
 from hardmix.losses.lipsum import LipsumLoss, lipsum_loss, random_tokens
 from hardmix.losses.m2mix import M2MixLoss, M2MixSigLipLoss, m2mix_loss
 from hardmix.losses.m3mix import M3MixLoss, unimodal_mix_loss
+from hardmix.losses.multimodal import GMCLoss, gmc_loss, multimodal_mix_loss
 from hardmix.losses.ordinal_entropy import OrdinalEntropyLoss, ordinal_entropy_loss
 from hardmix.losses.rank_n_contrast import RankNContrastLoss, rank_n_contrast_loss
 from hardmix.losses.ranksim import RankSimLoss, ranksim_loss
@@ -44,6 +45,7 @@ __all__ = [
     "DecoupledMixupLoss",
     "FeatureSmoothing",
     "FocalRLoss",
+    "GMCLoss",
     "HCLLoss",
     "IMixLoss",
     "KernelContrastLoss",
@@ -72,6 +74,7 @@ __all__ = [
     "decoupled_mixup_loss",
     "focal_r_loss",
     "gai_loss",
+    "gmc_loss",
     "hcl_loss",
     "imix_loss",
     "kernel_contrast_loss",
@@ -79,6 +82,7 @@ __all__ = [
     "lds_weights",
     "lipsum_loss",
     "m2mix_loss",
+    "multimodal_mix_loss",
     "ordinal_entropy_loss",
     "projection_penalty",
     "random_tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from hardmix import _check
 from hardmix.mixing.draw import LabelPairing, Pairing, uniform
 from hardmix.mixing.plan import MixPlan, full_box_share
 from hardmix.mixing.policy import Policy
@@ -40,18 +41,30 @@ class CutMix(Policy):
 
     lam' ~ Beta(alpha, alpha); the returned lam is counted from the clipped box, so pixels and labels agree. For series
     and volumes the sides are (1 - lam')^(1/S) of each of the S axes.
+
+    Args:
+        inside: the box is kept within the image: its centre is drawn where the whole box fits, so its area is the
+            drawn 1 - lam' up to rounding to whole pixels.
+        alpha, per, pairing: see `Policy`.
     Shapes: (N, C, L), (N, C, H, W) or (N, C, D, H, W), square or not. The box may be empty (lam = 1) or cover
     everything (lam = 0). Reference: Yun et al. 2019, eq. 1-2 (arXiv:1905.04899).
     """
 
-    def __init__(self, alpha: float = 1.0, *, per: str = "sample", pairing: str | None = None) -> None:
+    def __init__(
+        self, alpha: float = 1.0, *, per: str = "sample", pairing: str | None = None, inside: bool = False
+    ) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
+        self.inside = _check.boolean("CutMix", "inside", inside)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", inside=True" if self.inside else "")
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         size = tuple(x.shape[2:])
         lam = self._lam(pairing, generator)
         centre = self._rows(pairing, uniform(0.0, 1.0, (x.shape[0], len(size)), generator))
-        box = cut_box(cut_side(lam, len(size)), whole_pixels(centre, size), size)
+        side = cut_side(lam, len(size))
+        box = inner_box(side, centre, size) if self.inside else cut_box(side, whole_pixels(centre, size), size)
         plan = MixPlan(pairing.partner, full_box_share(box, size), box=box, size=size, shift=pairing.shift)
         return plan.to(x.device)
 
@@ -86,6 +99,18 @@ def cut_box(side: Tensor, middle: Tensor, size: tuple[int, ...], smallest: int =
     start = middle.T - (pixels * 0.5).floor_()
     box = torch.stack([start, start + pixels]).clamp_(min=0.0)  # (2, S, N)
     return torch.minimum(box, lengths).long().permute(2, 1, 0)
+
+
+def inner_box(side: Tensor, place: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Boxes inside the image, with (N,) `side` and `size` as in `cut_box`. (N, S, 2) long, half-open
+
+    Args:
+        place: (N, S) in [0, 1), from the first to the last place of the whole box on each axis, all equally likely.
+    """
+    lengths = _lengths(size, side.device)
+    pixels = (side * lengths).round_()
+    start = (place.T * (lengths - pixels + 1.0)).floor_()  # below the number of places, as in `whole_pixels`
+    return torch.stack([start, start + pixels]).long().permute(2, 1, 0)
 
 
 def _lengths(size: tuple[int, ...], device: torch.device) -> Tensor:

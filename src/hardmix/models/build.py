@@ -16,12 +16,14 @@ from hardmix.models.imagenet import ImageNetResNet18
 from hardmix.models.mobilenet import MobileNetV2
 from hardmix.models.resnet import resnet18, small_resnet
 from hardmix.models.vit import TinyViT
+from hardmix.models.wide_resnet import WideResNet
 
 #: The backbones that a recipe may name; "timm/NAME" names any of timm's models besides.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": SmallCNN,
     "small-resnet": small_resnet,
     "resnet18": resnet18,
+    "wide-resnet": WideResNet,
     "tiny-vit": TinyViT,
     "mobilenet-v2": MobileNetV2,
     "imagenet-resnet18": ImageNetResNet18,

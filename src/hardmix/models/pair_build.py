@@ -11,13 +11,15 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.characters import CaptionTokenizer
 from hardmix.models.clip_adapters import load_hf_clip, load_open_clip
+from hardmix.models.multimodal_build import OWN as OF_MODALITIES
+from hardmix.models.multimodal_build import tower_options
 from hardmix.models.pair_captioner import BACKBONE, PairNet, build_captioner, captioner_options
 from hardmix.models.pair_captioner import OWN as CAPTIONER_OWN
 from hardmix.models.pair_model import MAX_SCALE, PairModel, Resized
 from hardmix.models.towers import _pictures, image_tower, image_tower_options, text_tower, text_tower_options
 
 #: models of pictures and texts
-PAIR_MODELS = ("two-tower", "coca", "hf-clip", "open-clip")
+PAIR_MODELS = ("two-tower", "coca", "hf-clip", "open-clip", "multimodal")
 #: of these, models of other packages from local files, and what finds them
 ADAPTED = {"hf-clip": ("path",), "open-clip": ("architecture", "checkpoint")}
 #: arguments of `PairModel` that a recipe says under `model`; the others follow from other sections
@@ -47,20 +49,29 @@ def pair_model_options(name: str) -> list[str]:
     _check.choice("pair_model_options", "name", name, PAIR_MODELS)
     if name in ADAPTED:
         return list(ADAPTED[name])
+    if name == "multimodal":
+        return [*OF_MODALITIES, "image", "text"]
     return captioner_options() if name == "coca" else [*OWN, "image", "text"]
 
 
 def check_pair_options(model: str, options: Mapping[str, Any]) -> None:
     """That towers exist and take what they are told, as far as that is known before they are made."""
+    if model == "multimodal":
+        sides = [(side, *tower_options(side, options.get(side, {}))) for side in ("image", "text")]
+        for side, name, own in sides:
+            known = image_tower_options if side == "image" else text_tower_options
+            for key in {} if name.startswith("timm/") else own:
+                _check.choice(model, f"option of {side} encoder {name}", key, known(name))
+        return
     if model in ADAPTED:
         for key in ADAPTED[model]:
             if not isinstance(options.get(key), str):
                 raise ValueError(f"{model}: {key} is {options.get(key)!r:.80}; name it, as in model.options.{key}=...")
         return
-    sides = [("image", BACKBONE if model == "coca" else IMAGE_TOWER, image_tower_options)]
+    of_towers = [("image", BACKBONE if model == "coca" else IMAGE_TOWER, image_tower_options)]
     if model == "two-tower":
-        sides.append(("text", TEXT_TOWER, text_tower_options))
-    for side, default, known in sides:
+        of_towers.append(("text", TEXT_TOWER, text_tower_options))
+    for side, default, known in of_towers:
         name, own = _tower(model, options, side, default)
         # What timm's models take is known when one is made.
         for key in {} if name.startswith("timm/") else own:

@@ -155,7 +155,8 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     """How many layers lie between each parameter of a `PairModel`'s towers and the end of its tower, counted from 1.
 
     A layer is a part of the tower that holds parameters, of those that its class names one after another; a list of
-    blocks counts block by block. Parameters that are in no tower are not listed.
+    blocks counts block by block. What a tower holds beside its layers, such as places of tokens, counts as the first
+    one. Parameters that are in no tower are not listed.
     """
     depths: dict[str, int] = {}
     for tower in ("image", "text", "decoder"):  # the text tower of a captioner
@@ -165,6 +166,8 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
             for place, (prefix, layer) in enumerate(layers):
                 for name, _ in layer.named_parameters():
                     depths[f"{prefix}.{name}"] = len(layers) - place
+            for name, _ in top.named_parameters(tower):
+                depths.setdefault(name, len(layers))
     return depths
 
 

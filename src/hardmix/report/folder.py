@@ -69,7 +69,7 @@ def read_run(path: Path) -> RunFolder:
             recipe = file.read(MAX_TEXT + 1)
     except OSError:
         notes.append("recipe.toml is missing: what was run can't be told in full.")
-    mixes = summary.get("task") != "regression" and not is_pairs(summary)
+    mixes = summary.get("task") not in ("regression", "modalities") and not is_pairs(summary)
     return RunFolder(
         path=path,
         summary=summary,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from hardmix.report import number_plots, pair_page, plots
 from hardmix.report.folder import MAX_SAMPLES, RunFolder
 from hardmix.report.plots import Line, Plot
-from hardmix.report.robustness_plots import section
+from hardmix.report.robustness_plots import Cell, Head, Row, Table, section
 from hardmix.report.samples import samples
 from hardmix.report.text import (
     MIXED,
@@ -63,7 +63,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     if isinstance(diagram, dict):
         alt = f"Reliability diagram over 15 bins of confidence; calibration error {show('ece', test.get('ece'))}."
         reliability = plots.reliability(diagram, alt)
-    if test and reliability is None and "scatter" not in summary and not is_pairs(summary):
+    if test and reliability is None and not is_pairs(summary) and not {"scatter", "missing"} & summary.keys():
         notes.append("The summary holds no reliability diagram.")
     return {
         "title": summary.get("name") or run.path.name or "run",
@@ -73,6 +73,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "notes": notes,
         "metrics": [] if is_pairs(summary) else [_reading(*item) for item in test.items() if not is_mixed(item[0])],
         "pairs": pair_page.section(run, notes) if is_pairs(summary) else None,
+        "missing": _missing(summary),
         "predictions": number_plots.predictions(summary),
         "curves": run_curves(run),
         "reliability": reliability,
@@ -114,6 +115,20 @@ def _mixed(test: dict[str, float | None]) -> list[dict[str, Any]]:
     return [{"title": title_of(policy), "rows": rows} for policy, rows in groups.items()]
 
 
+def _missing(summary: dict[str, Any]) -> Table | None:
+    """Accuracy for each subset of the modalities."""
+    subsets = dig(summary, "missing", "subsets")
+    found = {str(key): number(value) for key, value in subsets.items()} if isinstance(subsets, dict) else {}
+    if not found:
+        return None
+    majority = number(dig(summary, "missing", "majority"))
+    about = "Share of test samples whose class is told from these modalities, the others missing."
+    if majority is not None:
+        about += f" The largest class has {show('top1', majority, 1)}."
+    rows = [Row(visible(key, 60).replace("+", " + "), "", [Cell(show("top1", found[key], 1))]) for key in found]
+    return Table("", about, [Head("top-1")], rows)
+
+
 def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     """Loss, accuracy and learning rate over epochs, as far as the log has them."""
     drawn: list[tuple[Plot, str]] = []
@@ -144,6 +159,7 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else "training top-1"
         plot = plots.curves(lines, alt, y_label="accuracy", percent=True, width=WIDE)
         drawn.append((plot, f"Blue: validation top-1. Grey: {caption}."))
+    drawn += _pseudo_curves(run)
     x, recall = plots.thin(run.validation, "recall_5")
     if x:
         alt = f"Validation R@5 goes from {show('recall_5', recall[0], 1)} to {show('recall_5', recall[-1], 1)}."
@@ -161,12 +177,34 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     return drawn
 
 
+def _pseudo_curves(run: RunFolder) -> list[tuple[Plot, str]]:
+    """How many pseudo-classes were trusted, and how many were right, over epochs."""
+    x, trusted = plots.thin(run.train, "trusted")
+    if not x:
+        return []
+    right, of_trusted = plots.thin(run.train, "pseudo_right")[1], plots.thin(run.train, "trusted_right")[1]
+    ends = f"{show('top1', trusted[-1], 1)} of the unlabelled samples are trusted at the end"
+    plot = plots.curves([Line(x, trusted, 1)], f"{ends}.", y_label="trusted", percent=True, zero=True, width=WIDE)
+    drawn = [(plot, "Share of the unlabelled samples whose pseudo-class counts, as much as it does.")]
+    if not any(right):  # their true classes are not known
+        return drawn
+    pairs = [(at, both / share) for at, both, share in zip(x, of_trusted, trusted, strict=True) if share > 0.0]
+    lines = [Line(x, right, 0, quiet=True)]
+    alt = f"Right pseudo-classes: {show('top1', right[-1], 1)} of all at the end."
+    if pairs:
+        lines.append(Line([at for at, _ in pairs], [share for _, share in pairs], 1))
+        alt = f"{alt[:-1]}, {show('top1', pairs[-1][1], 1)} of the trusted ones."
+    plot = plots.curves(lines, alt, y_label="right pseudo-classes", percent=True, width=WIDE)
+    return [*drawn, (plot, "Right pseudo-classes. Blue: of the trusted ones; grey: of all.")]
+
+
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The line of facts below the title; what is not known is left out."""
     train = number(dig(summary, "data", "train"))
     pairs = [
         ("data", _text(dig(summary, "data", "name"))),
         (f"training {things_of(summary)}", _known(train, count)),
+        ("of them labelled", _known(number(dig(summary, "data", "labelled")), count)),
         ("trained styles", listed(dig(summary, "data", "trained_styles"))),
         ("model", _text(dig(summary, "model", "name"))),
         ("parameters", _known(number(dig(summary, "model", "parameters")), count)),

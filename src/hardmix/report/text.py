@@ -38,6 +38,16 @@ METRICS = {
         percent=True,
         lower_is_better=True,
     ),
+    "pseudo_top1": Metric(
+        "pseudo-class top-1",
+        "share of unlabelled training images, up to 5,000, whose most likely class is the right one at the end",
+        percent=True,
+    ),
+    "mean_top1": Metric("mean top-1", "top-1, mean over all subsets of the modalities that may be there", percent=True),
+    "missing_0": Metric("complete top-1", "top-1 where no modality is missing", percent=True),
+    "missing_1": Metric("top-1, one missing", "mean over which modality is missing", percent=True),
+    "missing_2": Metric("top-1, two missing", "mean over which two are missing", percent=True),
+    "missing_3": Metric("top-1, three missing", "mean over which three are missing", percent=True),
     "mae": Metric("MAE", "mean absolute error, in the target's unit", lower_is_better=True),
     "rmse": Metric("RMSE", "root of the mean squared error, in the target's unit", lower_is_better=True),
     "gm": Metric("GM", "geometric mean of the absolute errors: small where most are small", lower_is_better=True),
@@ -174,8 +184,28 @@ PAIR_TITLES = {
     "carot": "CaRot",
     "lipsum": "Lipsum-FT",
     "coca": "CoCa",
+    "gmc": "GMC",
 }
 TITLES |= PAIR_TITLES
+
+#: Algorithms for few labels, by which their runs are called.
+FEW_TITLES = {
+    "supervised": "Supervised only",
+    "pseudo-label": "Pseudo-Labeling",
+    "mean-teacher": "Mean Teacher",
+    "mixmatch": "MixMatch",
+    "remixmatch": "ReMixMatch",
+    "uda": "UDA",
+    "fixmatch": "FixMatch",
+    "flexmatch": "FlexMatch",
+    "freematch": "FreeMatch",
+    "softmatch": "SoftMatch",
+    "fine-tuning": "Fine-Tuning",
+    "bss": "BSS",
+    "co-tuning": "Co-Tuning",
+    "self-tuning": "Self-Tuning",
+}
+TITLES |= FEW_TITLES
 
 
 def visible(value: Any, limit: int = MAX_NAME, keep: str = "") -> str:
@@ -283,6 +313,10 @@ def method_title(policy: Any, objective: Any) -> str:
     """'Mixup with Decoupled Mixup'."""
     if policy in (None, "none") and isinstance(objective, str) and objective in (*PAIR_TITLES, "none"):
         return PAIR_TITLES.get(objective, "No training")
+    algorithm, _, of_pairs = objective.partition(" + ") if isinstance(objective, str) else ("", "", "")
+    if algorithm in FEW_TITLES:
+        pairs = f" with {title_of(policy)} pairs ({title_of(of_pairs)})" if of_pairs else ""
+        return FEW_TITLES[algorithm] + pairs
     # Two stages, two objectives: "supremix + l1".
     losses = (
         " and ".join(title_of(part) for part in objective.split(" + ")) if isinstance(objective, str) else objective

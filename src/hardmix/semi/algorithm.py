@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import readable, wide
 
 #: views of an unlabelled sample that an algorithm may ask for
 VIEWS = ("weak", "strong")
@@ -23,12 +25,14 @@ class SemiBatch(NamedTuple):
         y: (B,) their classes.
         views: one (U, ...) tensor for each of the algorithm's `views`; () where it takes no unlabelled samples.
         ids: (U,) the unlabelled samples' numbers in their set, for what is remembered of each.
+        twin: (B, ...) another view of the labelled samples, for algorithms that compare two (`twins`); None: none.
     """
 
     x: Tensor
     y: Tensor
     views: tuple[Tensor, ...] = ()
     ids: Tensor | None = None
+    twin: Tensor | None = None
 
 
 class SemiOutput(NamedTuple):
@@ -67,6 +71,10 @@ class SemiAlgorithm(nn.Module):
 
     #: which views of each unlabelled sample it takes, in this order
     views: tuple[str, ...] = VIEWS
+    #: whether these are for `pairs` alone, so that an instance without them takes no unlabelled samples
+    only_for_pairs = False
+    #: whether it has a use for a second view of the labelled samples, `SemiBatch.twin`
+    twins = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +96,7 @@ class SemiAlgorithm(nn.Module):
             generator: CPU generator of all that is drawn; None takes torch's global one.
         """
         check_batch(type(self).__name__, batch, self.views)
-        return self.step(model, batch, generator)
+        return self.step(model, batch._replace(y=batch.y.long()), generator)
 
     def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
         """The algorithm itself, on a checked batch."""
@@ -101,9 +109,16 @@ def check_batch(who: str, batch: object, views: Sequence[str]) -> None:
         raise TypeError(f"{who}: batch is a {type(batch).__name__}; pass a SemiBatch.")
     x = _check.tensor(who, "batch.x", batch.x)
     y = _check.tensor(who, "batch.y", batch.y)
-    if y.ndim != 1 or y.is_floating_point():
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"{who}: batch.y has shape {tuple(y.shape)} and dtype {y.dtype}; pass (B,) class ids.")
+    if x.numel() == 0:
+        raise ValueError(f"{who}: batch.x has shape {tuple(x.shape)} and is empty; pass at least one labelled sample.")
     _check.same_length(who, "batch.y", y, "batch.x", x.shape[0])
+    if batch.twin is not None and _check.tensor(who, "batch.twin", batch.twin).shape != x.shape:
+        raise ValueError(
+            f"{who}: batch.twin has shape {tuple(batch.twin.shape)}, the labelled samples {tuple(x.shape)}; "
+            "pass another view of the same samples."
+        )
     if len(batch.views) != len(views):
         wanted = ", ".join(views) or "none"
         raise ValueError(f"{who}: batch.views holds {len(batch.views)} views; pass {len(views)}: {wanted}.")
@@ -114,6 +129,8 @@ def check_batch(who: str, batch: object, views: Sequence[str]) -> None:
                 f"{who}: the {name} view has shape {tuple(view.shape)}, the labelled samples {tuple(x.shape)} and the "
                 f"first view {tuple(batch.views[0].shape)}; pass views of the same samples, shaped like the labelled."
             )
+        if view.shape[0] == 0:
+            raise ValueError(f"{who}: the {name} view is empty; pass at least one unlabelled sample.")
 
 
 def no_unlabelled(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,9 +138,57 @@ def no_unlabelled(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_zeros(0, dtype=torch.long), logits.new_zeros(0, dtype=torch.float32)
 
 
+def check_ids(who: str, batch: SemiBatch, count: int) -> Tensor:
+    """The unlabelled samples' numbers, each below `count`. Values are looked at on the CPU only."""
+    if batch.ids is None:
+        raise ValueError(f"{who}: batch.ids is missing; pass the (U,) numbers of the unlabelled samples in their set.")
+    ids = _check.tensor(who, "batch.ids", batch.ids)
+    if ids.shape != batch.views[0].shape[:1] or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{who}: batch.ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
+            f"pass ({len(batch.views[0])},) integers, one for each unlabelled sample."
+        )
+    if readable(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(
+            f"{who}: batch.ids runs from {int(ids.min())} to {int(ids.max())}, but num_unlabelled is {count}; "
+            "pass numbers from 0 to num_unlabelled - 1."
+        )
+    return ids.long()
+
+
+def check_classes(who: str, probs: Tensor, num_classes: int) -> None:
+    """(N, C) predictions with the number of classes that an algorithm was made for."""
+    if probs.shape[1] != num_classes:
+        raise ValueError(
+            f"{who}: the model predicts {probs.shape[1]} classes, but this was made for {num_classes}; "
+            "give both the same number of classes."
+        )
+
+
+def class_loss(who: str, logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy of the labelled samples; the classes are looked at on the CPU only."""
+    _check.classes_in_range(who, "batch.y", y, logits.shape[1])
+    return F.cross_entropy(logits, y, reduction=reduction)
+
+
+def class_rows(who: str, y: Tensor, like: Tensor) -> Tensor:
+    """(B, C) one-hot rows of the classes, with the columns and the dtype of `like`; looked at on the CPU only."""
+    _check.classes_in_range(who, "batch.y", y, like.shape[1])
+    return F.one_hot(y, like.shape[1]).to(like.dtype)
+
+
+def logits_of(model: Forward, x: Tensor) -> Tensor:
+    """(N, C) logits in float32 or wider, so that all that is computed from them is."""
+    logits = model(x)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits_of: model gave {got} for {len(x)} samples; pass a model that gives (N, C) logits.")
+    return logits.to(wide(logits.dtype))
+
+
 def together(model: Forward, parts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of several batches from one forward: batch norm sees them as one batch, as FixMatch's release does."""
-    return list(model(torch.cat(list(parts))).split([len(part) for part in parts]))
+    return list(logits_of(model, torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
 def interleaved(model: nn.Module | Forward, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -145,9 +210,9 @@ def interleaved(model: nn.Module | Forward, parts: Sequence[Tensor]) -> list[Ten
     piece = torch.arange(count, device=stacked.device)[:, None]
     source = (row - piece) % count  # an involution: source(source(p)) = p
     mixed = stacked[source, row]
-    outputs = [model(mixed[0])]
+    outputs = [logits_of(model, mixed[0])]
     with frozen_statistics(model):
-        outputs += [model(batch) for batch in mixed[1:]]
+        outputs += [logits_of(model, batch) for batch in mixed[1:]]
     logits = torch.stack(outputs)[source, row]
     counts = [len(part) // size for part in parts]
     return [group.flatten(0, 1) for group in logits.split(counts)]

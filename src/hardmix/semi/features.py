@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hardmix import _check
+from hardmix._math import wide
+from hardmix.semi.algorithm import Forward, logits_of
 
 
-def find_head(who: str, model: nn.Module, head: str = "") -> nn.Linear:
+def find_head(who: str, model: object, head: str = "") -> nn.Linear:
     """The linear layer that makes a model's logits: the one named, or the last one that the model holds."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model is a {type(model).__name__}; pass a torch.nn.Module.")
@@ -20,14 +22,23 @@ def find_head(who: str, model: nn.Module, head: str = "") -> nn.Linear:
     return layers[head] if head else list(layers.values())[-1]
 
 
-def with_features(model: nn.Module, x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """(N, C) logits of `x` and the (N, D) features that `head` made them of, from one forward."""
+def with_features(model: Forward, x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(N, C) logits of `x` and the (N, D) features that `head` made them of, from one forward, in float32 or wider.
+
+    Of several passes through the head the last one's are given.
+    """
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
-        logits = model(x)
+        logits = logits_of(model, x)
     finally:
         handle.remove()
     if not seen:
         raise RuntimeError("with_features: the forward did not pass through the head; name the layer that it uses.")
-    return logits, seen[-1]
+    features = seen[-1]
+    if features.ndim != 2 or len(features) != len(x):
+        raise ValueError(
+            f"with_features: the head reads features of shape {tuple(features.shape)} for {len(x)} samples; "
+            "name the layer that makes the logits of (N, D) features."
+        )
+    return logits, features.to(wide(features.dtype))

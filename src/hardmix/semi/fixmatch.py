@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix.semi.algorithm import Forward, SemiAlgorithm, SemiBatch, SemiOutput, together
-from hardmix.semi.pairs import MixedPairs
+from hardmix.semi.algorithm import Forward, SemiAlgorithm, SemiBatch, SemiOutput, class_loss, logits_of, together
+from hardmix.semi.pairs import MixedPairs, check_pairs
 from hardmix.semi.probabilities import confidence, confidence_mask, probabilities, threshold_value
 
 
@@ -44,8 +44,8 @@ class FixMatch(SemiAlgorithm):
         who = type(self).__name__
         self.threshold = threshold_value(who, "threshold", threshold)
         self.weight = _check.non_negative(who, "weight", weight)
-        self.pairs = pairs
-        self.joint = joint
+        self.pairs = check_pairs(who, pairs)
+        self.joint = _check.boolean(who, "joint", joint)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold:g}, weight={self.weight:g}, joint={self.joint}"
@@ -59,23 +59,46 @@ class FixMatch(SemiAlgorithm):
         """(U,) how much each pseudo-class counts, from the weak views' probabilities (U, C)."""
         return confidence_mask(confidence(probs)[0], self.threshold)
 
-    def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
+    def forwards(self, model: Forward, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the labelled samples (B, C), and of the weak and the strong views (U, C)."""
         weak, strong = batch.views
         if self.joint:
             logits, weak_logits, strong_logits = together(model, [batch.x, weak, strong])
         else:
             with torch.no_grad():
-                weak_logits = model(weak)
+                weak_logits = logits_of(model, weak)
             logits, strong_logits = together(model, [batch.x, strong])
+        return logits, weak_logits, strong_logits
+
+    def labelled(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss of the labelled samples, a scalar."""
+        return class_loss(type(self).__name__, logits, y)
+
+    def unlabelled(self, strong_logits: Tensor, probs: Tensor, pseudo: Tensor) -> Tensor:
+        """(U,) losses of the strong views, before they are weighed."""
+        return F.cross_entropy(strong_logits, pseudo, reduction="none")
+
+    def unlabelled_weight(self) -> float:
+        """w at this point of the training."""
+        return self.weight
+
+    def further(self, strong_logits: Tensor, trust: Tensor) -> dict[str, Tensor]:
+        """What else is in the loss, as it is added, by the name that it is logged under."""
+        return {}
+
+    def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
+        logits, weak_logits, strong_logits = self.forwards(model, batch)
         probs = probabilities(weak_logits)
         pseudo = confidence(probs)[1]
         trust = self.trusted(probs, batch)
-        labelled = F.cross_entropy(logits, batch.y)
-        unlabelled = (trust * F.cross_entropy(strong_logits, pseudo, reduction="none")).mean()
-        loss = labelled + self.weight * unlabelled
-        parts = {"labelled": labelled.detach(), "unlabelled": unlabelled.detach()}
+        labelled = self.labelled(logits, batch.y)
+        unlabelled = (trust * self.unlabelled(strong_logits, probs, pseudo)).mean()
+        others = self.further(strong_logits, trust)
         if self.pairs is not None:
-            pair = self.pairs(model, batch.x, batch.y, weak, pseudo, trust, generator=generator)
-            loss = loss + pair
-            parts["pair"] = pair.detach()
-        return SemiOutput(loss, parts, pseudo, trust, logits.detach())
+            weak = batch.views[0]
+            others["pair"] = self.pairs(model, batch.x, batch.y, weak, pseudo, trust, generator=generator)
+        loss = labelled + self.unlabelled_weight() * unlabelled
+        for other in others.values():
+            loss = loss + other
+        parts = {"labelled": labelled, "unlabelled": unlabelled, **others}
+        return SemiOutput(loss, {name: part.detach() for name, part in parts.items()}, pseudo, trust, logits.detach())

@@ -77,7 +77,7 @@ class MixedPairs(nn.Module):
         self.weight = _check.non_negative(who, "weight", weight)
         self.ramp = _check.between(who, "ramp", ramp, 0.0, 1.0)
         self.share = _check.choice(who, "share", share, SHARES)
-        self.confident = confident
+        self.confident = _check.boolean(who, "confident", confident)
         self.progress = 0.0
 
     def extra_repr(self) -> str:
@@ -134,3 +134,10 @@ def partners(count: int, rows: int, generator: Generator | None) -> Tensor:
     """(count,) row numbers below `rows` in random order; none twice before all were once."""
     passes = -(-count // rows)
     return torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])[:count]
+
+
+def check_pairs(who: str, pairs: object) -> MixedPairs | None:
+    """MixedPairs or None."""
+    if pairs is not None and not isinstance(pairs, MixedPairs):
+        raise TypeError(f"{who}: pairs is a {type(pairs).__name__}; pass MixedPairs(...) or None.")
+    return pairs

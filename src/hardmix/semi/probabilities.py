@@ -15,6 +15,9 @@ from torch import Tensor
 from hardmix import _check
 from hardmix._math import wide
 
+#: how UDA's threshold on labelled samples may rise
+SCHEDULES = ("none", "linear", "log", "exp")
+
 
 def threshold_value(who: str, name: str, value: object) -> float:
     """A threshold on a confidence, in (0, 1]."""
@@ -59,13 +62,15 @@ def align_distribution(probs: Tensor, predicted: Tensor, wanted: Tensor) -> Tens
         probs: (N, C).
         predicted: (C,) mean prediction of the model so far.
         wanted: (C,) distribution of the classes, of the labelled samples or uniform.
-    A class that was never predicted counts as one of the smallest positive float. Reference: Berthelot et al. 2020,
-    section 3.1 (arXiv:1911.09785).
+    A class that was never predicted counts as one of the smallest positive float. A row of which nothing is left, since
+    it lies on classes that are not wanted, stays as it was. Reference: Berthelot et al. 2020, section 3.1
+    (arXiv:1911.09785).
     """
     p = probs.to(wide(probs.dtype))
     ratio = wanted / predicted.clamp(min=torch.finfo(predicted.dtype).tiny)
-    aligned = p * ratio.clamp(max=torch.finfo(p.dtype).max / p.shape[1])
-    return aligned / aligned.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    aligned = p * ratio.clamp(max=torch.finfo(ratio.dtype).max / p.shape[1])
+    total = aligned.sum(1, keepdim=True)
+    return torch.where(total > 0, aligned / total, p)
 
 
 def moving_average(average: Tensor, value: Tensor, momentum: float) -> Tensor:
@@ -82,10 +87,12 @@ def class_mean(classes: Tensor, num_classes: int) -> Tensor:
 def truncated_gaussian(confidence: Tensor, mean: Tensor, variance: Tensor, width: float = 2.0) -> Tensor:
     """Soft weight of a confidence: 1 from the mean on, below it exp(-(c - mean)^2 width^2 / (2 variance)). (N,)
 
-    Reference: Chen et al. 2023, eq. 7 (arXiv:2301.10921); their release divides the variance by width^2 = 4.
+    A variance below 1e-12 counts as that. Reference: Chen et al. 2023, eq. 7 (arXiv:2301.10921); their release divides
+    the variance by width^2 = 4.
     """
     below = (confidence - mean).clamp(max=0.0)
-    return torch.exp(-0.5 * below.square() * width**2 / variance.clamp(min=torch.finfo(variance.dtype).tiny))
+    # Equal confidences may miss their mean by a rounding of float32, 1e-7, which is no reason to drop them all.
+    return torch.exp(-0.5 * below.square() * width**2 / variance.clamp(min=1e-12))
 
 
 def convex_map(x: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ def signal_annealing(progress: float, num_classes: int, schedule: str) -> float:
 
     Reference: Xie et al. 2020, section 3.3 (arXiv:1904.12848).
     """
-    _check.choice("signal_annealing", "schedule", schedule, ("none", "linear", "log", "exp"))
+    _check.choice("signal_annealing", "schedule", schedule, SCHEDULES)
     if schedule == "none":
         return 1.0
     share = {
@@ -121,3 +128,10 @@ def cosine_ramp(progress: float, length: float) -> float:
 def linear_ramp(progress: float, length: float) -> float:
     """From 0 to 1 along a line in the first `length` of the training, 1 after it; with length 0 always 1."""
     return 1.0 if progress >= length else progress / length
+
+
+def sigmoid_ramp(progress: float, length: float) -> float:
+    """exp(-5 (1 - progress / length)^2), from 0.007 to 1 in the first `length` of the training, 1 after it; with length
+    0 always 1. Reference: Tarvainen and Valpola 2017, appendix B (arXiv:1703.01780).
+    """
+    return 1.0 if progress >= length else math.exp(-5.0 * (1.0 - progress / length) ** 2)

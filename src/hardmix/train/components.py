@@ -85,9 +85,14 @@ def build_objective(component: Component, train_labels: Tensor | None = None) ->
 
 def check_objective(component: Component) -> None:
     """That there is an objective of this name, for whatever task, and that it takes these options."""
-    names = [*tables.OBJECTIVES, *tables.REGRESSION_OBJECTIVES, *tables.PAIR_OBJECTIVES]
+    names = [*tables.OBJECTIVES, *tables.REGRESSION_OBJECTIVES, *tables.PAIR_OBJECTIVES, *tables.MODALITY_OBJECTIVES]
     check_name("objective", component.name, names)
-    (build_pair_objective if component.name in tables.PAIR_OBJECTIVES else build_objective)(component)
+    if component.name in tables.PAIR_OBJECTIVES:
+        build_pair_objective(component)
+    elif component.name in tables.OBJECTIVES or component.name in tables.REGRESSION_OBJECTIVES:
+        build_objective(component)
+    else:
+        build_modality_objective(component)
 
 
 def build_pair_objective(component: Component) -> Any:
@@ -103,6 +108,16 @@ def build_pair_objective(component: Component) -> Any:
         mixing = _check.non_negative("CoCaLoss", "mixing", options.get("mixing", COCA["mixing"]))
         own["contrastive"] = losses.M2MixLoss(weight=mixing) if mixing else None
     return cls(**own)
+
+
+def build_modality_objective(component: Component) -> Any:
+    """The objective of several modalities that a recipe names."""
+    cls = entry("objective of modalities", component.name, tables.MODALITY_OBJECTIVES)
+    _check_mean(component)
+    options = component.options
+    options.pop("reduction", None)
+    check_options("objective", component.name, [name for name in _parameters(cls) if name not in NOT_SAID], options)
+    return cls(**options)
 
 
 def lipsum_options(component: Component) -> tuple[float, int]:
@@ -129,6 +144,35 @@ def build_contrast(component: Component, train_labels: Tensor | None = None) -> 
     if train_labels is not None and hasattr(built, "fit_labels") and built.label_scale.isnan():
         built.fit_labels(train_labels)
     return built
+
+
+#: what an algorithm for few labels is told by the task, not by a recipe
+GIVEN = (
+    *("model", "num_classes", "num_unlabelled", "class_share", "pairs", "steps"),
+    *("source_weight", "source_bias", "relationship"),
+)
+
+
+def check_algorithm(component: Component) -> None:
+    """That there is an algorithm for few labels of this name, and that it takes these options."""
+    cls = entry("algorithm", component.name, tables.ALGORITHMS)
+    check_options(
+        "algorithm", component.name, [name for name in _parameters(cls) if name not in GIVEN], component.options
+    )
+    if not any(name in GIVEN and name != "pairs" for name in inspect.signature(cls).parameters):
+        cls(**component.options)
+
+
+def build_algorithm(component: Component, **given: Any) -> Any:
+    """The algorithm for few labels that a recipe names.
+
+    Args:
+        given: of GIVEN; it is told what its constructor asks for.
+    """
+    check_algorithm(component)
+    cls = tables.ALGORITHMS[component.name]
+    asked = {name: given[name] for name in inspect.signature(cls).parameters if name in given}
+    return cls(**component.options, **asked)
 
 
 def policy_names(policy: Mapping[str, Any]) -> list[str]:

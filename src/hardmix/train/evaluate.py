@@ -12,6 +12,7 @@ from torch import nn
 from hardmix.train.recipe import load_recipe
 from hardmix.train.state import load_checkpoint, match_shapes, measured_weights
 from hardmix.train.tasks import TASKS
+from hardmix.train.tasks.classification import Classification
 
 
 class LoadedRun(NamedTuple):
@@ -46,8 +47,9 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     for name, module in task.modules().items():  # first, since a tokenizer knows best why weights don't fit
         if name in saved.tensors:
             module.load_state_dict(saved.tensors[name])
-    match_shapes("eval", task.model, weights)
-    task.model.load_state_dict(weights)
+    measured = task.network if isinstance(task, Classification) and "ema" in saved.tensors else task.model
+    match_shapes("eval", measured, weights)
+    measured.load_state_dict(weights)
     if recipe.train.channels_last and task.layout is not None:  # as in training: sums are rounded in the same order
         task.model.to(memory_format=task.layout)  # type: ignore[call-overload]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device == "auto" else "cpu")

@@ -1,4 +1,4 @@
-"""Writing files so that a killed process leaves the old version or the new one, never half of either."""
+"""What runs write: files that are whole or not there (`hardmix._files`), JSON, and folders with one writer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (names) to the disk, where the system can do that."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows can't open folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from hardmix._files import sync_folder as sync_folder
+from hardmix._files import write_bytes as write_bytes
+from hardmix._files import write_text as write_text
 
 
 @contextmanager
@@ -43,25 +35,6 @@ def only_writer(folder: Path) -> Iterator[bool]:
             yield True
     finally:
         os.close(handle)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, flush, rename."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

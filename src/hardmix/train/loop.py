@@ -21,10 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
 from hardmix.distributed import from_first, largest, mean_over_ranks, my_part, rows_from_first
-from hardmix.models.pair_model import layer_depths
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.log import NoLog, RunLog
+from hardmix.train.optimizer import build_optimizer
 from hardmix.train.recipe import Recipe, load_recipe
 from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
@@ -41,6 +41,7 @@ from hardmix.train.state import (
 )
 from hardmix.train.stop import Stop, stop_signals
 from hardmix.train.tasks import TASKS
+from hardmix.train.tasks.classification import Classification
 from hardmix.train.tasks.image_text import ImageText
 
 #: called a few times a second with {"step", "steps", "epoch", "epochs", "images_per_s"} and what the task logs: "loss",
@@ -123,13 +124,15 @@ class _Run:
         self.task = TASKS[recipe.task](recipe, pretrained=last is None).to(self.device)
         if recipe.train.channels_last and self.task.layout is not None:
             self.task.model.to(memory_format=self.task.layout)  # type: ignore[call-overload]
-        self.model, self.optimizer = self.accelerator.prepare(self.task.model, _optimizer(self.task.model, recipe))
+        optimizer = build_optimizer(self.task.model, recipe, *self._beside())
+        self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
         self.extra = self.task.modules()
         self.ema: AveragedModel | None = None
         if recipe.train.ema:
             average = get_ema_multi_avg_fn(recipe.train.ema)
-            self.ema = AveragedModel(self.task.model, multi_avg_fn=average, use_buffers=True)
-        self.schedule = Schedule(self.task.stages(), recipe.train.batch_size, recipe.train.warmup_epochs)
+            self.ema = AveragedModel(self._network(), multi_avg_fn=average, use_buffers=True)
+        train = recipe.train
+        self.schedule = Schedule(self.task.stages(), train.batch_size, train.warmup_epochs, train.decay)
         self.batch_size, self.steps = self.schedule.batch_size, self.schedule.steps
         smallest = accelerator.num_processes * recipe.train.accumulate
         if self.batch_size < smallest:
@@ -151,6 +154,8 @@ class _Run:
         self.logged = 0
         if accelerator.is_main_process:
             write_text(folder / "recipe.toml", recipe.to_toml())
+            if isinstance(self.task, Classification):
+                self.task.write_files(folder)
         position = None if last is None else self._restore(last)
         self.log = RunLog(folder, position) if accelerator.is_main_process else NoLog()
 
@@ -280,8 +285,19 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+            self.ema.update_parameters(self._network())
+        if isinstance(self.task, Classification):
+            self.task.end_step()
         return totals
+
+    def _beside(self) -> tuple[nn.Module | None, dict[nn.Parameter, float]]:
+        """What is trained besides the model, and parameters that move at a rate of their own."""
+        task = self.task
+        return (task.policy, task.rates()) if isinstance(task, Classification) else (None, {})
+
+    def _network(self) -> nn.Module:
+        """What is averaged and measured."""
+        return self.task.network if isinstance(self.task, Classification) else self.task.model
 
     def _scaled(self, share: float, loss: Tensor) -> Tensor:
         """What `Accelerator.backward` would go back from."""
@@ -445,35 +461,6 @@ def _accelerator(recipe: Recipe) -> Any:
     some = recipe.contrast is not None or recipe.tune.probe_epochs > 0 or recipe.model.name == "coca"
     unused = DistributedDataParallelKwargs(find_unused_parameters=some)
     return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None, kwargs_handlers=[unused])
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices and filters only: norms and biases are not decayed.
-
-    A group's "share" is that of its learning rate in the recipe's: with `tune.layer_decay`, d for each layer that lies
-    between it and the end of its tower.
-    """
-    train = recipe.train
-    groups: list[dict[str, Any]] = []
-    for share, parameters in _shares(model, recipe.tune.layer_decay).items():
-        decayed = [p for p in parameters if p.ndim > 1]
-        plain = [p for p in parameters if p.ndim <= 1]
-        for chosen, decay in ((decayed, train.weight_decay), (plain, 0.0)):
-            if chosen or share == 1.0:
-                groups.append({"params": chosen, "weight_decay": decay, "share": share})
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr)
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
-
-
-def _shares(model: nn.Module, decay: float) -> dict[float, list[nn.Parameter]]:
-    """Parameters that are trained, by the share of the learning rate that they get; 1 comes first."""
-    shares: dict[float, list[nn.Parameter]] = {1.0: []}
-    depth = layer_depths(model) if decay < 1.0 else {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            shares.setdefault(decay ** depth.get(name, 0), []).append(parameter)
-    return shares
 
 
 def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:

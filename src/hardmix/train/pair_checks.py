@@ -19,6 +19,8 @@ OF_MIXTURES = (IMixLoss, UnMixLoss)
 def check_pairs(recipe: Recipe) -> None:
     """Raises ValueError with the first thing that does not fit."""
     tune, name = recipe.tune, recipe.objective.name
+    if recipe.model.name == "multimodal":
+        raise ValueError('model "multimodal" is of task "modalities"; take another one, two-tower for one')
     check_pair_options(recipe.model.name, recipe.model.options)
     _check_objective(recipe)
     mixes = tables.PAIR_OBJECTIVES.get(name) in OF_MIXTURES
@@ -44,11 +46,7 @@ def check_pairs(recipe: Recipe) -> None:
         raise ValueError(f"tune.after={tune.after} goes back towards the start, and tune.start names none")
     if tune.lora:
         _check_lora(recipe)
-    if recipe.contrast is not None or recipe.density.lds or recipe.density.fds:
-        raise ValueError("contrast and density are sections of regression recipes; leave them out")
-    for key in ("pair", "missing", "imbalance", "imbalance_law"):
-        if getattr(recipe.data, key) != type(recipe.data).model_fields[key].default:
-            raise ValueError(f"data.{key} is for sets of numbers; leave it out")
+    _check_sections(recipe)
     if tune.amount >= 0.0 and tune.after in ("nothing", "tpgm"):
         raise ValueError(
             f"tune.amount is {tune.amount:g}, which tune.after={tune.after} makes nothing of; leave it out"
@@ -57,6 +55,44 @@ def check_pairs(recipe: Recipe) -> None:
         raise ValueError("tune.head trains without texts, so tune.texts makes no difference; leave it out")
     if tune.after == "tpgm" and tune.head and tune.probe_epochs == recipe.train.epochs:
         raise ValueError("tune.after=tpgm goes back towards the start, from where a linear probe moves nothing")
+
+
+def check_modalities(recipe: Recipe) -> None:
+    """Raises ValueError with the first thing that does not fit."""
+    if recipe.model.name != "multimodal":
+        raise ValueError(f'model "{recipe.model.name}" is not one of several modalities; take multimodal')
+    check_pair_options(recipe.model.name, recipe.model.options)
+    if recipe.objective.name not in tables.MODALITY_OBJECTIVES:
+        known = ", ".join(tables.MODALITY_OBJECTIVES)
+        raise ValueError(f'objective "{recipe.objective.name}" is not one of task "modalities"; there are {known}')
+    if recipe.policy is not None:
+        raise ValueError("a policy mixes pictures, which has no meaning for several modalities; leave it out")
+    if recipe.tune != type(recipe.tune)(classes=recipe.tune.classes):
+        raise ValueError("tune is a section of image-text recipes; leave it out, tune.classes aside")
+    if recipe.eval.parts:
+        raise ValueError("eval.parts is for image-text recipes; leave it out")
+    if recipe.train.accumulate > 1:
+        raise ValueError("train.accumulate splits the samples that are compared with each other; set it to 1")
+    if recipe.data.styles:
+        _check_styles(recipe)
+    _check_sections(recipe)
+
+
+def _check_styles(recipe: Recipe) -> None:
+    for name in recipe.data.styles:
+        if not name.isidentifier():
+            raise ValueError(f"data.styles has {name!r}; call a modality by letters, digits and underscores")
+
+
+def _check_sections(recipe: Recipe) -> None:
+    """No section or key of other tasks."""
+    if recipe.contrast is not None or recipe.density.lds or recipe.density.fds:
+        raise ValueError("contrast and density are sections of regression recipes; leave them out")
+    if recipe.semi != type(recipe.semi)():
+        raise ValueError("semi is a section of few-labels recipes; leave it out")
+    for key in ("pair", "missing", "imbalance", "imbalance_law"):
+        if getattr(recipe.data, key) != type(recipe.data).model_fields[key].default:
+            raise ValueError(f"data.{key} is for sets of numbers; leave it out")
 
 
 def _check_lora(recipe: Recipe) -> None:

@@ -11,8 +11,11 @@ from hardmix.train.evaluate import LoadedRun, load_run
 from hardmix.train.pair_captions import MEASURES, SEARCHES
 from hardmix.train.pair_measures import CUTS, DIRECTIONS, PARTS, SHOTS
 from hardmix.train.tasks.image_text import ImageText, _pair_model
+from hardmix.train.tasks.modalities import Modalities
 
 ANALOGIES = ("recall_1", "recall_5", "recall_1_without_text")
+#: the measure of runs of several modalities
+MISSING = "missing"
 Lines = tuple[list[str], list[list[str]]]
 
 
@@ -21,14 +24,16 @@ def pair_tables(folder: Path, which: str = "last", data_path: str = "", task: st
 
     Args:
         folder, which, data_path: as for `load_run`.
-        task: one of `hardmix.train.pair_measures.PARTS`.
+        task: one of `hardmix.train.pair_measures.PARTS`, or "missing" for a run of several modalities.
 
     Raises:
         ValueError: an unknown task, a run of another kind, a set that has nothing for it (classes, analogies), or a
             model that writes no captions.
     """
-    _check.choice("eval", "--task", task, PARTS)
+    _check.choice("eval", "--task", task, [*PARTS, MISSING])
     run = load_run(folder, which, data_path)
+    if task == MISSING:
+        return [_missing(run, folder)]
     if not isinstance(run.task, ImageText):
         raise ValueError(f"eval: --task {task} is for image-text runs, but {folder} is of task {run.task.recipe.task}.")
     with run.precision():
@@ -50,6 +55,22 @@ def _tables(run: LoadedRun, task: str) -> list[Lines]:
         lines = [[of_picture[line["row"]], line["found"], line["right"]] for line in found["captions"]["examples"]]
         tables.append((["picture", f"caption found by {found['captions']['beams']} beams", "right"], lines))
     return tables
+
+
+def _missing(run: LoadedRun, folder: Path) -> Lines:
+    """Accuracy for each subset of the modalities."""
+    if not isinstance(run.task, Modalities):
+        raise ValueError(
+            f"eval: --task {MISSING} is for runs of task modalities, but {folder} is of task {run.task.recipe.task}."
+        )
+    with run.precision():
+        found = run.task.test(run.model, run.device)["missing"]
+    lines = [
+        [*("yes" if name in key.split("+") else "" for name in run.task.modalities), f"{100 * value:.1f}"]
+        for key, value in found["subsets"].items()
+    ]
+    nothing = [*("" for _ in run.task.modalities), f"{100 * found['majority']:.1f} (largest class)"]
+    return [*run.task.modalities, "top-1 %"], [*lines, nothing]
 
 
 def _retrieval(found: dict[str, Any]) -> Lines:

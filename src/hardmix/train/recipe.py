@@ -21,7 +21,8 @@ from hardmix.data.number_sets import NUMBER_SETS
 from hardmix.data.pair_sets import PAIR_SETS
 from hardmix.train.components import Component, build_policy, check_objective, policy_names
 from hardmix.train.errors import RecipeError
-from hardmix.train.pair_checks import check_pairs
+from hardmix.train.few_section import SemiSection, check_few
+from hardmix.train.pair_checks import check_modalities, check_pairs
 from hardmix.train.sections import (
     ContrastSection,
     DataSection,
@@ -51,7 +52,11 @@ SETS: dict[str, Mapping[str, Any]] = {
     "classification": CATALOG,
     "regression": NUMBER_SETS,
     "image-text": PAIR_SETS,
+    "few-labels": CATALOG,
+    "modalities": PAIR_SETS,
 }
+#: tasks that may start from another run, and from one of which
+STARTS = {"image-text": ("image-text",), "few-labels": ("classification", "few-labels")}
 
 
 class Recipe(Section):
@@ -61,7 +66,9 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="up to 80 letters, digits, dots, dashes, underscores"
     )
     about: str = Field("", description="one line for `hardmix list`")
-    task: Literal["classification", "regression", "image-text"] = Field("classification", description="kind of target")
+    task: Literal["classification", "regression", "image-text", "few-labels", "modalities"] = Field(
+        "classification", description="kind of target"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="what all random numbers of the run follow from")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -71,7 +78,10 @@ class Recipe(Section):
     )
     contrast: ContrastSection | None = Field(None, description="contrast before or beside the head, for regression")
     density: DensitySection = Field(DensitySection(), description="smoothed label densities, for regression")
-    tune: TuneSection = Field(TuneSection(), description="start, temperature and what is trained, for image-text")
+    tune: TuneSection = Field(
+        TuneSection(), description="start, temperature and what is trained, for image-text; for few-labels the start"
+    )
+    semi: SemiSection = Field(SemiSection(), description="labelled and unlabelled samples, for few-labels")
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
 
@@ -139,15 +149,22 @@ class Recipe(Section):
                 f'model.name is "{self.model.name}", which takes {self.model.kind}, but data.name is '
                 f'"{self.data.name}", which holds {self.data.kind}'
             )
-        if self.task == "image-text":
-            check_pairs(self)
+        if self.data.name in PAIR_SETS:
+            (check_pairs if self.task == "image-text" else check_modalities)(self)
             return self
         if self.objective.name not in (tables.REGRESSION_OBJECTIVES if numbers else tables.OBJECTIVES):
             raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
         if self.eval.parts:
             raise ValueError("eval.parts is for image-text recipes; leave it out")
-        if self.tune != TuneSection():
-            raise ValueError("tune is a section of image-text recipes; leave it out")
+        few = self.task == "few-labels"
+        if self.tune != (TuneSection(start=self.tune.start) if few else TuneSection()):
+            raise ValueError("tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few)
+        if few:
+            check_few(self)
+            if self.tune.start:
+                start_recipe(self.tune.start, self.task)
+        elif self.semi != SemiSection():
+            raise ValueError("semi is a section of few-labels recipes; leave it out")
         for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
             self._check_policy(name)
         if self.density.lds and self.objective.name == "balanced-mse":
@@ -216,16 +233,18 @@ def _pair_defaults(table: dict[str, Any]) -> dict[str, Any]:
     start = tune.get("start", "") if isinstance(tune, Mapping) else ""
     if "model" in table:
         return table
+    if table.get("task") == "modalities":
+        return {**table, "model": {"name": "multimodal"}}
     if not start or not isinstance(start, str):
         return {**table, "model": {"name": "two-tower"}}
     return {**table, "model": start_recipe(start).model.model_dump()}
 
 
-def start_recipe(start: str) -> Recipe:
-    """The recipe that `tune.start` names, or that of the run folder that it names.
+def start_recipe(start: str, task: str = "image-text") -> Recipe:
+    """The recipe that `tune.start` of a recipe of `task` names, or that of the run folder that it names.
 
     Raises:
-        ValueError: no image-text recipe, one whose measured weights are not those that it trains, or a circle.
+        ValueError: a recipe of another task, one whose measured weights are not those that it trains, or a circle.
     """
     if start in _STARTS:
         raise ValueError(f"tune.start leads from {' to '.join([*_STARTS, start])}, in a circle; name another one")
@@ -237,8 +256,9 @@ def start_recipe(start: str) -> Recipe:
         raise ValueError(f"tune.start is {start!r}, neither the folder of a run nor a good recipe: {error}") from None
     finally:
         _STARTS.pop()
-    if recipe.task != "image-text":
-        raise ValueError(f'tune.start is {start!r}, of task "{recipe.task}"; name a recipe or a run of image-text')
+    if recipe.task not in STARTS[task]:
+        known = " or ".join(STARTS[task])
+        raise ValueError(f'tune.start is {start!r}, of task "{recipe.task}"; name a recipe or a run of {known}')
     if recipe.tune.after != "nothing":
         raise ValueError(
             f"tune.start is {start!r}, which measures its weights after {recipe.tune.after} and does not keep those; "

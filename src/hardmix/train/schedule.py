@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Stage:
-    """`epochs` passes over `samples` samples; its learning rate warms up to `lr` and falls to 0 by itself."""
+    """`epochs` passes over `samples` samples; its learning rate warms up to `lr` and falls by itself."""
 
     epochs: int
     samples: int
@@ -31,12 +31,14 @@ class Schedule:
         stages: at least one.
         batch_size: made smaller where a stage has fewer samples.
         warmup_epochs: of each stage.
+        decay: of each stage's learning rate, see `lr_factor`.
     """
 
-    def __init__(self, stages: list[Stage], batch_size: int, warmup_epochs: float) -> None:
+    def __init__(self, stages: list[Stage], batch_size: int, warmup_epochs: float, decay: str = "cosine") -> None:
         self.stages = stages
         self.batch_size = min(batch_size, *(stage.samples for stage in stages))
         self.warmup_epochs = warmup_epochs
+        self.decay = decay
         self.steps_per_epoch = [stage.samples // self.batch_size for stage in stages]
         lengths = [stage.epochs * steps for stage, steps in zip(stages, self.steps_per_epoch, strict=True)]
         self.starts = [sum(lengths[:i]) for i in range(len(stages))]
@@ -61,11 +63,18 @@ class Schedule:
         stage = self.place(step).stage
         steps = self.steps_per_epoch[stage]
         warmup = round(self.warmup_epochs * steps)
-        return self.stages[stage].lr * lr_factor(step - self.starts[stage], self.stages[stage].epochs * steps, warmup)
+        length = self.stages[stage].epochs * steps
+        return self.stages[stage].lr * lr_factor(step - self.starts[stage], length, warmup, self.decay)
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `steps`."""
+def lr_factor(step: int, steps: int, warmup: int, decay: str = "cosine") -> float:
+    """Linear warm-up over `warmup` steps, then down until `steps`.
+
+    "cosine": (1 + cos(pi t)) / 2, to 0; "cosine-7/16": cos(7 pi t / 16), to 0.195 as FixMatch has it; t from 0 to 1.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    done = (step - warmup) / max(1, steps - warmup)
+    if decay == "cosine-7/16":
+        return math.cos(7.0 * math.pi * done / 16.0)
+    return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -165,7 +165,10 @@ class TrainSection(Section):
     )
     batch_size: int = Field(128, ge=1, description="samples of a step, all processes together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
-    lr: Float = Field(0.1, gt=0.0, description="learning rate after the warm-up; falls to 0 along half a cosine")
+    lr: Float = Field(0.1, gt=0.0, description="learning rate after the warm-up")
+    decay: Literal["cosine", "cosine-7/16"] = Field(
+        "cosine", description="how it falls: to 0 along half a cosine, or cosine-7/16, as FixMatch has it, to a fifth"
+    )
     weight_decay: Float = Field(5e-4, ge=0.0, description="of matrices and filters; norms and biases have none")
     momentum: Float = Field(0.9, ge=0.0, lt=1.0, description="of SGD")
     warmup_epochs: Float = Field(1.0, ge=0.0, description="epochs in which the learning rate rises linearly")

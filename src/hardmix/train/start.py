@@ -30,7 +30,7 @@ def start_folder(recipe: Recipe) -> Path | None:
         return None
     if (Path(start) / "recipe.toml").is_file():
         return Path(start)
-    before = start_recipe(start)
+    before = start_recipe(start, recipe.task)
     # Defaults that a recipe does not write out belong to a version.
     content = json.dumps([__version__, before.model_dump(mode="json")], sort_keys=True)
     return cache_folder("runs") / f"{before.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
@@ -43,7 +43,7 @@ def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | N
     start = recipe.tune.start
     if not start:
         return
-    before, folder = start_recipe(start), start_folder(recipe)
+    before, folder = start_recipe(start, recipe.task), start_folder(recipe)
     assert folder is not None
     # One process looks: another run may finish the start just now.
     if from_first((folder / "summary.json").is_file()):
@@ -95,7 +95,7 @@ def start_tensors(recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
     texts that it was trained on."""
     folder = start_folder(recipe)
     assert folder is not None
-    which = start_recipe(recipe.tune.start).eval.checkpoint
+    which = start_recipe(recipe.tune.start, recipe.task).eval.checkpoint
     tensors = load_checkpoint(folder / "checkpoints", which).tensors
     seen = tensors.get("seen", {}).get("texts", torch.arange(0))
     return merged(measured_weights(tensors)), seen

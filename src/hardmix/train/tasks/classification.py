@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix.data.catalog import load_images
-from hardmix.data.images import ImageSet, check_finite
+from hardmix.data.images import ImageData, ImageSet, check_finite
 from hardmix.data.splits import stratified_subset, train_validation_split
 from hardmix.data.views import Augment, Normalize
 from hardmix.distributed import gather_rows, my_part
@@ -30,7 +30,7 @@ class Classification:
     """Data, model, policy and objective of one recipe, and what one step and one evaluation do with them."""
 
     #: what a comparison shows first, and which way is better
-    metrics = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
+    metrics: tuple[str, ...] = ("top1", "top5", "nll", "ece", "mixup_both", "cutmix_both")
     lower_is_better = ("nll", "ece")
     #: picks the best checkpoint; larger is better
     score = "top1"
@@ -55,6 +55,10 @@ class Classification:
             if recipe.data.validation:
                 train, validation = train_validation_split(pool.labels, recipe.data.validation, seed=recipe.seed)
             self.train_set, self.validation_set = pool.subset(train), pool.subset(validation)
+        self.setup(recipe, data, pretrained=pretrained)
+
+    def setup(self, recipe: Recipe, data: ImageData, *, pretrained: bool) -> None:
+        """All that follows from the data and its splits."""
         self.test_set = data.test
         if recipe.eval.checkpoint == "best" and len(self.validation_set) == 0:
             raise ValueError(
@@ -74,6 +78,8 @@ class Classification:
             image_size=height,
             **{key: value for key, value in recipe.model.options.items() if pretrained or key != "checkpoint"},
         )
+        #: what is averaged and measured
+        self.network = self.model
         self.policy = None if recipe.policy is None else build_policy(recipe.policy, self.model)
         self.objective = build_objective(recipe.objective)
         self.augment = Augment(recipe.data.augment)
@@ -101,7 +107,14 @@ class Classification:
         """What is trained or tracked besides the model, by the name it has in a checkpoint."""
         return {} if self.policy is None else {"policy": self.policy}
 
-    def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def rates(self) -> dict[nn.Parameter, float]:
+        """Factors on the learning rate of single parameters."""
+        return {}
+
+    def write_files(self, folder: Path) -> None:
+        """What the run folder holds besides; nothing."""
+
+    def load(self, index: Tensor) -> tuple[Tensor, ...]:
         """The raw batch of these training samples, on the CPU."""
         images = self.train_set.batch(index)
         if images.is_floating_point():
@@ -117,8 +130,13 @@ class Classification:
         if self.policy is not None:
             self.policy.set_progress(progress)
 
+    def end_step(self) -> None:
+        """Called after each step of the optimizer."""
+        if self.policy is not None:
+            self.policy.after_step()
+
     def loss(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor], draws: torch.Generator
+        self, model: nn.Module, batch: tuple[Tensor, ...], draws: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch on the model's device, and what to log, still on the device."""
         images, labels = batch
@@ -127,7 +145,12 @@ class Classification:
         if self.policy is not None:
             x, target = self.policy(x, labels, generator=draws)
         logits = model(self._layout(self.normalize(x)))
+        if self.policy is not None and isinstance(target, MixedTarget):
+            target = self.policy.relabel(logits, target)
         loss = self.objective(logits, target)
+        own = None if self.policy is None else self.policy.loss(self.objective)
+        if own is not None:
+            loss = loss + own
         with torch.no_grad():
             if not isinstance(target, MixedTarget):
                 target = MixedTarget(labels[:, None], torch.ones_like(labels[:, None], dtype=torch.float32))

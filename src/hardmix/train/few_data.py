@@ -1,0 +1,66 @@
+"""The samples of a few-labels run: which are labelled, which are not, and which it is validated and tested on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hardmix.data.catalog import load_images
+from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
+from hardmix.data.few_labels_folder import load_few_labels
+from hardmix.data.splits import stratified_subset, train_validation_split
+from hardmix.train.recipe import Recipe
+
+
+def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
+    """The sets of a recipe, and the split that made them; None for a folder, whose files say which are labelled."""
+    data, semi = recipe.data, recipe.semi
+    if data.name == "folder":
+        return _own(recipe), None
+    found = load_images(data.name, data.path or None, image_size=data.image_size or None, on_error=data.on_error)
+    if data.train_samples:
+        rows = stratified_subset(found.train.labels, data.train_samples, seed=recipe.seed)
+        found = replace(found, train=found.train.subset(rows))
+    if semi.split:
+        split = read_split(semi.split, found.train)
+    else:
+        split = draw_label_split(
+            found.train,
+            name=found.name,
+            per_class=semi.per_class,
+            share=semi.share,
+            seed=recipe.seed,
+            validation=0.0 if found.validation is not None else data.validation,
+            include_labelled=semi.include_labelled,
+        )
+    return with_few_labels(found, split), split
+
+
+def _own(recipe: Recipe) -> FewLabelData:
+    """The user's files; where they have no validation folder, `data.validation` of the labelled ones are kept, and do
+    not count among the unlabelled."""
+    data, semi = recipe.data, recipe.semi
+    found = load_few_labels(
+        data.path,
+        labelled=semi.labelled or "labelled",
+        unlabelled=semi.unlabelled or None,
+        image_size=data.image_size or None,
+        on_error=data.on_error,
+        allow_overlap=semi.allow_overlap,
+        include_labelled=semi.include_labelled,
+    )
+    unlabelled, truth = found.unlabelled, found.truth
+    assert truth is not None
+    if found.validation is None and data.validation:
+        rows, held = train_validation_split(found.train.labels, data.validation, seed=recipe.seed)
+        validation = found.train.subset(held)
+        names = {validation.sample_id(i) for i in range(len(held))}
+        kept = torch.tensor([i for i in range(len(unlabelled)) if unlabelled.sample_id(i) not in names])
+        unlabelled, truth = unlabelled.subset(kept), truth[kept]
+        found = replace(found, train=found.train.subset(rows), validation=validation)
+    if data.train_samples and data.train_samples < len(unlabelled):
+        draws = torch.Generator().manual_seed(recipe.seed)
+        kept = torch.randperm(len(unlabelled), generator=draws)[: data.train_samples].sort().values
+        unlabelled, truth = unlabelled.subset(kept), truth[kept]
+    return replace(found, unlabelled=unlabelled, truth=truth)
