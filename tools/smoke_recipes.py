@@ -13,7 +13,7 @@ from hardmix.data.pair_sets import PAIR_SETS
 from hardmix.data.places import installed, usual_places
 from hardmix.models.imagenet import find_weights
 from hardmix.models.towers import MINILM
-from hardmix.train.recipe import Recipe, load_recipe, shipped
+from hardmix.train.recipe import Recipe, load_recipe, shipped, start_recipe
 
 
 def lacks_weights(recipe: Recipe) -> bool:
@@ -35,8 +35,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in shipped():
             recipe = load_recipe(name)
-            if recipe.data.name not in at_hand or lacks_weights(recipe):
-                lacking = "data set is" if recipe.data.name not in at_hand else "weights are"
+            wanted = {recipe.data.name}
+            if recipe.tune.start:
+                wanted.add(start_recipe(recipe.tune.start, recipe.task).data.name)
+            if not wanted <= at_hand or lacks_weights(recipe):
+                lacking = "weights are" if wanted <= at_hand else "data set is"
                 sys.stdout.write(f"skip  {name} (its {lacking} not here)\n")
                 continue
             out = Path(folder) / name

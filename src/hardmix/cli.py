@@ -48,6 +48,7 @@ SMOKE = (
 #: and for a recipe of two stages, one epoch each; of pictures with texts, the measure that takes least, and captions
 SMOKE_STAGES = ("train.epochs=2", "contrast.epochs=1")
 SMOKE_PROBE = ("train.epochs=2", "tune.probe_epochs=1")
+SMOKE_FEW = ("train.batch_size=16", "semi.mu=2", "semi.steps_per_epoch=4")
 SMOKE_PAIRS = ('eval.parts=["retrieval"]',)
 SMOKE_CAPTIONS = ('eval.parts=["retrieval", "caption"]',)
 
@@ -410,7 +411,8 @@ def _shortened(recipe: Any) -> tuple[str, ...]:
     staged = SMOKE_STAGES if recipe.contrast is not None and recipe.contrast.epochs else ()
     probed = SMOKE_PROBE if recipe.tune.probe_epochs else ()
     measured = SMOKE_CAPTIONS if recipe.model.name == "coca" else SMOKE_PAIRS
-    return (*SMOKE, *staged, *probed, *(measured if recipe.task == "image-text" else ()))
+    of_task = {"image-text": measured, "few-labels": SMOKE_FEW}.get(recipe.task, ())
+    return (*SMOKE, *staged, *probed, *of_task)
 
 
 def _is_run(folder: Path) -> None:

@@ -78,7 +78,7 @@ class FlexMatch(FixMatch):
 
     def trusted(self, probs: Tensor, batch: SemiBatch) -> Tensor:
         check_classes(type(self).__name__, probs, self.num_classes)
-        ids = check_ids(type(self).__name__, batch, len(self.last))
+        ids = check_ids(type(self).__name__, batch, len(self.last)).to(probs.device)
         highest, pseudo = confidence(probs)
         trust = confidence_mask(highest, self.class_thresholds()[pseudo])
         self._remember(torch.stack([ids, pseudo, (highest >= self.threshold).long()], 1))

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix.losses.decoupled import DecoupledMixupLoss
 from hardmix.losses.soft_cross_entropy import SoftCrossEntropyLoss
+from hardmix.mixing.draw import move
 from hardmix.mixing.masks import FMix, GridMix, SmoothMix
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.resize import ResizeMix
@@ -122,7 +123,7 @@ class MixedPairs(nn.Module):
             x, y: (B, ...) labelled samples and their (B,) classes.
             u: (U, ...) unlabelled samples; pseudo, trust: (U,) their pseudo-classes and how much these count.
         """
-        rows = partners(len(x), len(u), generator).to(u.device)
+        rows = move(partners(len(x), len(u), generator), u.device)
         mixed, target = self.mix(x, y, u[rows], pseudo[rows], generator=generator)
         losses = self.objective(model(mixed), target)
         if self.confident:
