@@ -28,9 +28,9 @@ from hardmix.data.number_sets import NUMBER_SETS
 from hardmix.data.series_views import SERIES_VIEWS, SeriesAugment
 from hardmix.data.views import MOVES, PAINTS
 from hardmix.data.volume_views import VOLUME_VIEWS, VolumeAugment
-from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled
+from hardmix.mixing import ManifoldMixup, Mixup, Policy, RandomChoice, Scheduled, SUMix
 from hardmix.mixing.draw import PER
-from hardmix.models.build import MODELS, model_options
+from hardmix.models.build import MODELS, build_model, model_options
 from hardmix.models.encoders import ENCODERS, encoder_options
 from hardmix.train.components import BESIDE, NOT_SAID
 from hardmix.train.recipe import Component, Recipe
@@ -286,8 +286,8 @@ def summary_of_file(cls: type) -> str:
 def example(cls: type[Policy], **options: Any) -> Policy:
     """A policy to look at, with stand-ins for what its constructor can't do without."""
     stand_ins: dict[str, Any] = {
-        "model": nn.Sequential(nn.Identity()),
-        "layers": ["0"],
+        "model": _stand_in(cls),
+        "layers": ["stage1"],
         "policies": [Mixup()],
         "policy": Mixup(),
     }
@@ -295,14 +295,25 @@ def example(cls: type[Policy], **options: Any) -> Policy:
     return cls(**{key: stand_ins[key] for key in needed}, **options)
 
 
+def _stand_in(cls: type[Policy]) -> nn.Module:
+    """A small model that a policy can look at."""
+    name = next((name for name, known in tables.POLICIES.items() if known is cls), "")
+    kind = "tiny-vit" if name in tables.NEEDS_ATTENTION else "small-cnn"
+    return build_model(kind, num_classes=4, in_channels=3, image_size=32)
+
+
 def mixes(policy: Policy) -> str:
     """What a drawn plan says."""
-    if isinstance(policy, (RandomChoice, Scheduled)):
+    if isinstance(policy, (RandomChoice, Scheduled, SUMix)):
         return "what its policies mix"
     if isinstance(policy, ManifoldMixup):
         return "whole samples, or one hidden layer"
-    plan = policy.plan(torch.rand(8, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    if plan.own is not None:
+    draws = torch.Generator().manual_seed(0)
+    try:
+        plan = policy.plan(torch.rand(8, 3, 32, 32, generator=draws), torch.arange(8) % 4, generator=draws)
+    except NotImplementedError:
+        return "several images"
+    if plan.own is not None and plan.other is None:
         return "an image with itself"
     if plan.fit is not None:
         return "a box with the whole partner"
@@ -314,8 +325,9 @@ def mixes(policy: Policy) -> str:
 
 
 def drawn_per(cls: type[Policy]) -> str:
-    if "per" not in inspect.signature(cls).parameters:
-        return "as its policy"
+    parameters = inspect.signature(cls).parameters
+    if "per" not in parameters:
+        return "as its policy" if "policy" in parameters else "sample"
     good = []
     for per in PER:
         try:
@@ -327,7 +339,7 @@ def drawn_per(cls: type[Policy]) -> str:
 
 
 def batches(policy: Policy) -> str:
-    if isinstance(policy, (RandomChoice, Scheduled)):
+    if isinstance(policy, (RandomChoice, Scheduled, SUMix)):
         return "what its policies take"
     return ", ".join(kind for axes, kind in KINDS.items() if policy.min_ndim <= axes <= policy.max_ndim)
 

@@ -202,9 +202,16 @@ def evaluate(
 
 @app.command()
 def show(
-    policy: Annotated[str, typer.Argument(help="A policy's name, e.g. cutmix; `hardmix list` shows them.")],
+    policy: Annotated[
+        str | None, typer.Argument(help="A policy's name, e.g. cutmix; `hardmix list` shows them.")
+    ] = None,
+    all_of_them: Annotated[bool, typer.Option("--all", help="One sheet of every policy.")] = False,
     data: Annotated[str, typer.Option("--data", help="Data set to take images from.")] = "fashion-mini",
     data_path: Annotated[str, typer.Option("--data-path", help="Where the data set is.")] = "",
+    run_folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", help="A trained run: its test images, and its model for policies to see."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="PNG file; default show-POLICY.png.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, max=32, help="Samples to draw.")] = 6,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
@@ -213,12 +220,21 @@ def show(
     ] = None,
 ) -> None:
     """Draw a labelled picture of mixed samples: own, partner, mask, mix and weights."""
-    from hardmix.train.show import show_policy
+    from hardmix.train.errors import RecipeError
+    from hardmix.train.show import show_all, show_policy
 
-    path = out or Path(f"show-{policy}.png")
-    lines = show_policy(policy, data, data_path, path, rows=rows, seed=seed, sets=sets)
-    for line in lines:
-        console.print(escape(line))
+    if (policy is None) != all_of_them:
+        raise RecipeError("name a policy to show, or pass --all; `hardmix list` shows the policies.")
+    if run_folder is not None:
+        _is_run(run_folder)
+    path = out or Path(f"show-{policy or 'all'}.png")
+    if policy is None:
+        if sets:
+            raise RecipeError("--all shows every policy as it is; leave out --set.")
+        console.print(", ".join(show_all(data, data_path, path, seed=seed, run=run_folder)))
+    else:
+        for line in show_policy(policy, data, data_path, path, rows=rows, seed=seed, sets=sets, run=run_folder):
+            console.print(escape(line))
     say_where("Picture", path)
 
 

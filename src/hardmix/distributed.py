@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -148,6 +149,18 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     together = torch.stack([value.detach().to(torch.float32) for value in values.values()])
     dist.all_reduce(together)
     return dict(zip(values, together / size, strict=True))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The gradients' mean over the ranks, in their place; of parameters that no wrapper such as DDP looks after."""
+    _, size = rank_and_size()
+    if size == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:  # a rank without a gradient meets the others all the same
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(_sum(parameter.grad) / size)
 
 
 def largest(value: int) -> int:

@@ -17,12 +17,40 @@ POLICIES: dict[str, type] = {
     "saliencymix": mixing.SaliencyMix,
     "augmix": mixing.AugMix,
     "manifold-mixup": mixing.ManifoldMixup,
+    "attentivemix": mixing.AttentiveMix,
+    "snapmix": mixing.SnapMix,
+    "guidedmix": mixing.GuidedMix,
+    "puzzlemix": mixing.PuzzleMix,
+    "co-mixup": mixing.CoMixup,
+    "automix": mixing.AutoMix,
+    "samix": mixing.SAMix,
+    "adautomix": mixing.AdAutoMix,
+    "alignmix": mixing.AlignMix,
+    "transmix": mixing.TransMix,
+    "tokenmix": mixing.TokenMix,
+    "mixpro": mixing.MixPro,
+    "smmix": mixing.SMMix,
+    "tl-align": mixing.TLAlign,
+    "mergemix": mixing.MergeMix,
+    "sumix": mixing.SUMix,
     "random-choice": mixing.RandomChoice,
     "scheduled": mixing.Scheduled,
 }
 
 #: Policies whose constructor takes the model that is trained.
-NEEDS_MODEL = frozenset({"manifold-mixup"})
+NEEDS_MODEL = frozenset(
+    {
+        *("manifold-mixup", "attentivemix", "snapmix", "puzzlemix", "co-mixup", "alignmix", "sumix"),
+        *("automix", "samix", "adautomix"),
+        *(NEEDS_ATTENTION := ("transmix", "tokenmix", "mixpro", "smmix", "tl-align", "mergemix")),
+    }
+)
+
+#: Policies whose constructor takes another policy, `policy` in a recipe.
+WRAPPERS = frozenset({"scheduled", "sumix"})
+
+#: `saliency` of policies that take the model only for this one.
+BY_GRADIENT = "input-gradient"
 
 #: Objectives of the classification task.
 OBJECTIVES: dict[str, type] = {

@@ -157,9 +157,12 @@ def print_comparison(result: dict[str, Any]) -> None:
     shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
     for metric in shown:
         table.add_column(TITLES[metric], justify="right")
+    table.add_column("cost", justify="right")
     for row in result["table"]:
-        table.add_row(escape(row["name"]), *(_with_interval(row["metrics"][metric], metric) for metric in shown))
+        cells = [_with_interval(row["metrics"][metric], metric) for metric in shown]
+        table.add_row(escape(row["name"]), *cells, f"{row['relative_cost']:.2f}")
     console.print(table)
+    console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.")
     seeds = len(result["seeds"])
     if seeds == 1:
         console.print("One seed: no intervals and no test; pass --seeds 5 or more.")

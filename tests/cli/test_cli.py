@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hardmix import tables
 from hardmix.cli import main
@@ -116,13 +117,28 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     assert [run["test"] for run in again["runs"]] == [run["test"] for run in result["runs"]]
 
 
-@pytest.mark.parametrize("name", [name for name in tables.POLICIES if name not in ("random-choice", "scheduled")])
+@pytest.mark.parametrize("name", tables.POLICIES)
 def test_show_draws_every_policy(cli, tmp_path, name):
-    more = ["--set", 'layers=["stage1"]'] if name == "manifold-mixup" else []
-    code, out, err = cli("show", name, "--data", "digits", "--rows", "3", *more)
+    code, out, err = cli("show", name, "--rows", "3")
     assert code == 0, err
     assert f"show-{name}.png" in out
     assert (tmp_path / f"show-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_draws_all_policies_with_a_trained_model(cli, tmp_path):
+    assert cli("run", "demo-none", *QUICK, "--set", "data.name=fashion-mini", "--out", "run")[0] == 0
+    code, out, err = cli("show", "--all", "--run", "run")
+    assert code == 0, err
+    told = out.partition("Picture")[0]
+    assert all(name in told for name in tables.POLICIES if name not in tables.NEEDS_ATTENTION)
+    assert "transmix" not in told, "the model has no attention"
+    with Image.open(tmp_path / "show-all.png") as sheet:
+        assert sheet.height > 1000
+    assert cli("show", "puzzlemix", "--run", "run", "--rows", "2")[0] == 0
+    for wrong in ((), ("cutmix", "--all"), ("--all", "--set", "alpha=1")):
+        code, _, err = cli("show", *wrong)
+        assert code == 2
+        assert "--all" in err
 
 
 def test_data_and_list_name_everything(cli):

@@ -30,7 +30,7 @@ def launch(folder: Path, body: str, ranks: int = 2, wait: bool = True) -> subpro
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -196,3 +196,26 @@ run_recipe(small(**{sections!r}), Path({str(tmp_path / "two")!r}))
     for a, b in zip(*([json.loads(line) for line in log] for log in logs), strict=True):
         key = next(key for key in ("contrast", "loss", "mae") if key in a)
         assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_few_labels_with_one_log_and_one_split(tmp_path):
+    launch(
+        tmp_path,
+        f"""
+from pathlib import Path
+from hardmix.train.loop import run_recipe
+from tests.train.test_few_labels import recipe
+plan = recipe(
+    semi={{"algorithm": {{"name": "flexmatch"}}}},
+    policy={{"name": "mixup"}},
+    objective={{"name": "decoupled-mixup", "asymmetric": True}},
+)
+run_recipe(plan, Path({str(tmp_path / "two")!r}))
+""",
+    )
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["objective"] == "flexmatch + decoupled-mixup"
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert (tmp_path / "two" / "split.json").is_file()

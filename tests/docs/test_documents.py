@@ -76,7 +76,7 @@ def test_no_command_of_the_readme_names_a_recipe_that_is_not_shipped(page):
 
 def own_files() -> list[str]:
     """The commands that learn from files of the reader's, as they would be typed."""
-    pages = (ROOT / "README.md", ROOT / "docs" / "regression.md", ROOT / "docs" / "image-text.md")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("regression", "image-text", "few-labels"))]
     lines = [line for page in pages for text in blocks(page, "console") for line in text.splitlines()]
     return list(dict.fromkeys(line[2:] for line in lines if re.match(r"\$ hardmix (run|compare) .*data\.path=", line)))
 
@@ -99,7 +99,9 @@ def files(tmp_path_factory) -> Path:
             if suffix == "npy":
                 np.save(path, np.full((6, 7, 8), age, np.float32))
             else:
-                Image.fromarray(np.full((12, 16), age, np.uint8)).save(path)
+                pixels = np.full((12, 16), age, np.uint8)
+                pixels[0, 0] = i  # no two are the same, byte by byte
+                Image.fromarray(pixels).save(path)
         rows = [f"{i}.{suffix},{age}" for i, age in enumerate(ages)]
         (folder / name / "ages.csv").write_text("\n".join(["file,age", *rows]) + "\n")
     np.savez(folder / "pulses.npz", x=draws.normal(size=(count, 2, 24)), y=ages)
@@ -110,6 +112,8 @@ def files(tmp_path_factory) -> Path:
     (folder / "photos" / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)) + "\n")
     rows = [f"{caption['file']},{text}" for caption in captions for text in caption["caption"]]
     (folder / "photos" / "captions.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    rows = [f"{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(count // 2)]
+    (folder / "photos" / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n")
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
         for i in range(count):
@@ -130,7 +134,12 @@ def test_commands_for_ones_own_files_read_them_and_can_learn(command, files, mon
     for name in (word for word in words if word in shipped()):
         recipe = load_recipe(name, sets)
         task = TASKS[recipe.task](recipe)
-        assert all(len(rows) > 1 for rows in task.data.rows.values())
-        batch = torch.arange(task.recipe.train.batch_size) % len(task.data.rows["train"])
+        batch = torch.arange(task.recipe.train.batch_size)
+        if recipe.task == "few-labels":
+            assert len(task.few.unlabelled) == len(task.train_set) + 20
+            task.start_epoch(0)
+        else:
+            assert all(len(rows) > 1 for rows in task.data.rows.values())
+            batch = batch % len(task.data.rows["train"])
         loss = task.loss(task.model, task.load(batch), torch.Generator().manual_seed(0))[0]
         assert loss.isfinite()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 
 from hardmix.mixing import SaliencyMix, spectral_residual
-from mixing.cases import rng
+from hardmix.mixing.gradients import input_saliency
+from mixing.cases import own_share, rng
 
 
 def with_blob(places: list[tuple[int, ...]], size: tuple[int, ...], channels: int = 3) -> torch.Tensor:
@@ -111,10 +116,78 @@ def test_no_gradient_through_the_map() -> None:
     assert x.grad is not None
 
 
+def looking_at(places: list[tuple[int, int]], size: tuple[int, int]) -> nn.Module:
+    """A model whose class k hangs on the pixel places[k] alone, behind a batch norm and dropout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * size[0] * size[1], len(places)), nn.Dropout())
+    with torch.no_grad():
+        model[2].weight.zero_()
+        for k, (r, c) in enumerate(places):
+            model[2].weight.view(len(places), 3, *size)[k, :, r, c] = 0.3
+    return model
+
+
+def test_the_input_gradient_puts_the_box_where_the_model_looks() -> None:
+    size = (40, 60)
+    places = [(12, 15), (30, 40), (20, 50)]
+    model = looking_at(places, size)
+    y = torch.tensor([0, 1, 2, 1, 0])
+    x = torch.rand(5, 3, *size, generator=rng())
+    state, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    policy = SaliencyMix(alpha=50.0, saliency="input-gradient", model=model)
+    plan = policy.plan(x, y, generator=rng(1))
+    maps = input_saliency(model, x, y)
+    for k, at in zip(y.tolist(), maps.flatten(1).argmax(1).tolist(), strict=True):
+        assert divmod(at, 60) == places[k]
+    by_hand = SaliencyMix(alpha=50.0, saliency=lambda batch: maps).plan(x, generator=rng(1))
+    assert torch.equal(plan.box, by_hand.box)
+    assert not torch.equal(plan.box, SaliencyMix(alpha=50.0).plan(x, generator=rng(1)).box)
+    assert torch.equal(plan.lam, own_share(plan.mask))
+    mixed, target = policy(x, y, generator=rng(1))
+    assert torch.equal(mixed, plan.blend(x))
+    assert torch.equal(target.weights[:, 0], plan.lam)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(module.training for module in model.modules())
+    assert policy.state_dict() == {}
+    assert list(policy.parameters()) == list(policy.children()) == []
+    assert torch.equal(pickle.loads(pickle.dumps(policy))(x, y, generator=rng(1))[0], mixed)
+    half, _ = policy(x.half(), y, generator=rng(1))
+    assert half.dtype == torch.float16
+    alone, _ = policy(x[:1], y[:1], generator=rng(1))
+    assert torch.equal(alone, x[:1])
+
+
+def test_the_names_of_the_maps() -> None:
+    x = torch.rand(5, 3, 24, 30, generator=rng())
+    want = SaliencyMix().plan(x, generator=rng(1)).box
+    for same in (
+        SaliencyMix(1.0, saliency="spectral-residual"),
+        SaliencyMix(saliency="spectral-residual", model=nn.Flatten()),
+    ):
+        assert torch.equal(same.plan(x, generator=rng(1)).box, want)
+    assert "saliency='spectral-residual'" in repr(SaliencyMix(saliency="spectral-residual"))
+    assert "saliency" not in repr(SaliencyMix())
+
+
 def test_refusals() -> None:
     x = torch.rand(4, 3, 8, 8)
-    with pytest.raises(TypeError, match="SaliencyMix: saliency is a str; pass a function of the batch, or None"):
+    with pytest.raises(
+        ValueError, match="SaliencyMix: saliency is 'opencv'; pass one of 'spectral-residual', 'input-g"
+    ):
         SaliencyMix(saliency="opencv")
+    with pytest.raises(TypeError, match="SaliencyMix: saliency is a int; pass a function of the batch, or one of"):
+        SaliencyMix(saliency=3)
+    with pytest.raises(ValueError, match="saliency is 'input-gradient' but model is None; pass the model that is"):
+        SaliencyMix(saliency="input-gradient")
+    with pytest.raises(TypeError, match=r"SaliencyMix: model is a str; pass a torch\.nn\.Module"):
+        SaliencyMix(model="net")
+    asked = SaliencyMix(saliency="input-gradient", model=nn.Flatten())
+    with pytest.raises(ValueError, match="SaliencyMix: y is None; pass the labels"):
+        asked.plan(x)
+    with pytest.raises(TypeError, match=r"SaliencyMix: x has dtype torch\.uint8"):
+        asked.plan((x * 255).byte(), torch.arange(4))
     for wrong, got in (
         (lambda b: b, r"\(4, 3, 8, 8\)"),
         (lambda b: b[:2, 0], r"\(2, 8, 8\)"),

@@ -152,3 +152,12 @@ def test_two_methods_of_which_one_has_no_values(tmp_path: Path) -> None:
     comparison = read_comparison(tmp_path)
     assert comparison.best["top1"] is None
     assert told(comparison) == ["No method can be said to have won: there is no top-1 for two of them."]
+
+
+def test_costs_are_told_in_those_of_plain_mixup() -> None:
+    from hardmix.train.compare import cost_base
+
+    rows = [("none", "soft-cross-entropy"), ("mixup", "decoupled-mixup"), ("mixup", "soft-cross-entropy")]
+    table = [{"name": f"{policy} {objective}", "policy": policy, "objective": objective} for policy, objective in rows]
+    assert cost_base(table)["name"] == "mixup soft-cross-entropy"
+    assert cost_base(table[:2])["name"] == "none soft-cross-entropy"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix.mixing.draw import Pairing, cpu_generator, move
-from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
@@ -52,10 +51,12 @@ class RandomChoice(Policy):
         super().__init__(per=per, pairing="matching" if pairing is None and in_pairs else pairing)
         if per == "sample":
             for member in members:
-                if any(isinstance(module, ManifoldMixup) for module in member.modules()):
-                    raise ValueError(
-                        f'{who}: policies holds ManifoldMixup, which mixes one layer of a whole batch; use per="batch".'
-                    )
+                for inside in member.modules():
+                    if isinstance(inside, Policy) and not mixes_by_plan(inside):
+                        raise ValueError(
+                            f"{who}: policies holds {type(inside).__name__}, which does more than a plan says; use "
+                            'per="batch".'
+                        )
             if in_pairs and self.pairing not in ("reversal", "matching"):
                 raise ValueError(
                     f'{who}: a policy has per="pair" but pairing is {self.pairing!r}; pass "matching" or "reversal".'
@@ -66,6 +67,7 @@ class RandomChoice(Policy):
             self.min_ndim = min(member.min_ndim for member in members)
         self.policies = nn.ModuleList(members)
         self.p = _probabilities(p, len(members))
+        self._last: tuple[Policy, ...] = ()
 
     def extra_repr(self) -> str:
         return f"p={[round(value, 4) for value in self.p]}, per={self.per!r}"
@@ -87,7 +89,23 @@ class RandomChoice(Policy):
     ) -> tuple[Tensor, MixedTarget]:
         if self.per == "sample" or torch.compiler.is_compiling():
             return super().forward(x, y, generator=generator, kind=kind)
-        return self._one(generator)(x, y, generator=generator, kind=kind)
+        chosen = self._one(generator)
+        self._last = (chosen,)
+        return chosen(x, y, generator=generator, kind=kind)
+
+    def relabel(self, logits: Tensor, target: MixedTarget) -> MixedTarget:
+        """As the policy has it that mixed the last batch."""
+        for policy in self._last:
+            target = policy.relabel(logits, target)
+        return target
+
+    def loss(self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor]) -> Tensor | None:
+        """That of the policy that mixed the last batch."""
+        return self._last[0].loss(criterion) if self._last else None
+
+    def after_step(self) -> None:
+        for policy in self._members():
+            policy.after_step()
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         rows = x.shape[0]
@@ -129,6 +147,7 @@ class Scheduled(Policy):
             raise ValueError(f"Scheduled: start is {start!r} and stop is {stop!r}; pass start < stop.")
         self.min_ndim, self.max_ndim = policy.min_ndim, policy.max_ndim
         self.policy = policy
+        self._mixed = False
         self.set_progress(0.0)
 
     def extra_repr(self) -> str:
@@ -151,9 +170,21 @@ class Scheduled(Policy):
     def forward(
         self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
     ) -> tuple[Tensor, MixedTarget]:
+        self._mixed = self.active
         if self.active:
             return self.policy.forward(x, y, generator=generator, kind=kind)
         return super().forward(x, y, generator=generator, kind=kind)
+
+    def relabel(self, logits: Tensor, target: MixedTarget) -> MixedTarget:
+        """As the policy has it, if it mixed the last batch."""
+        return self.policy.relabel(logits, target) if self._mixed else target
+
+    def loss(self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor]) -> Tensor | None:
+        """That of the policy, if it mixed the last batch."""
+        return self.policy.loss(criterion) if self._mixed else None
+
+    def after_step(self) -> None:
+        self.policy.after_step()
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         if self.active:
@@ -168,6 +199,15 @@ class NoMixing(Policy):
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         return MixPlan.identity(x.shape[0], x.device)
+
+
+def mixes_by_plan(policy: Policy) -> bool:
+    """Whether a policy is its plans: none of its own forward, labels, or loss."""
+    known = (Policy, RandomChoice, Scheduled)
+    own = ("forward", "relabel", "loss")
+    return policy.by_rows and all(
+        any(getattr(type(policy), name) is getattr(cls, name) for cls in known) for name in own
+    )
 
 
 def combine(plans: list[MixPlan], choice: Tensor, x: Tensor) -> MixPlan:

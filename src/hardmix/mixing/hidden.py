@@ -1,4 +1,4 @@
-"""ManifoldMixup: mix the output of a hidden layer."""
+"""ManifoldMixup, and what policies share that put hooks on a model: mix the output of a hidden layer, or look at it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix.mixing.draw import LabelPairing, Pairing, cpu_generator
+from hardmix.mixing.gradients import check_model
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
@@ -56,13 +57,15 @@ class ManifoldMixup(Policy):
         pairing: str | LabelPairing | None = None,
     ) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
-        if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
-            raise TypeError(f"ManifoldMixup: layers is {layers!r}; pass a list of submodule names.")
+        who = type(self).__name__
+        listed = isinstance(layers, Sequence) and not isinstance(layers, str)
+        if not listed or not all(isinstance(name, str) for name in layers):
+            raise TypeError(f"{who}: layers is {layers!r}; pass a list of submodule names.")
         self.layers = tuple(layers)
         self.include_input = bool(include_input)
         if not self.layers and not self.include_input:
-            raise ValueError("ManifoldMixup: layers is empty and include_input is False; name a layer to mix at.")
-        self._state = _State()
+            raise ValueError(f"{who}: layers is empty and include_input is False; name a layer to mix at.")
+        self._state = _State(type(self))
         self.attach(model)
 
     def extra_repr(self) -> str:
@@ -70,21 +73,17 @@ class ManifoldMixup(Policy):
 
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on `model` (and take them off the one before)."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"ManifoldMixup: model is a {type(model).__name__}; pass a torch.nn.Module.")
-        modules = dict(model.named_modules())
-        for name in self.layers:
-            if name not in modules or not name:
-                near = _check.did_you_mean(name, (known for known in modules if known))
-                raise ValueError(
-                    f"ManifoldMixup: layers names {name!r}, which the model does not have{near}; "
-                    "pass names from model.named_modules()."
-                )
+        self._put_hooks(model, self.layers)
+
+    def _put_hooks(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        who = type(self).__name__
+        check_model(who, model)
+        modules = [find_module(who, "layers", model, name) for name in names]
         self.detach()
-        self._state.attached = True
-        for index, name in enumerate(self.layers):
-            hook = _hook_class()(weakref.ref(self._state), weakref.ref(modules[name]), weakref.ref(model), index)
-            self._state.handles.append(modules[name].register_forward_hook(hook))
+        self._state.attached, self._state.names = True, names
+        for index, module in enumerate(modules):
+            hook = outside_graphs(_LayerHook)(weakref.ref(self._state), module, model, index)
+            self._state.handles.append(module.register_forward_hook(hook))
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -102,22 +101,28 @@ class ManifoldMixup(Policy):
         lam = self._lam(pairing, generator)
         return MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
 
+    @staticmethod
+    def mix_layer(plan: Any, output: Tensor) -> Tensor:
+        """The output of the armed layer, mixed as `plan` (what `draw` returns) says."""
+        mixed: Tensor = plan.blend(output)
+        return mixed
+
     def forward(
         self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
     ) -> tuple[Tensor, MixedTarget]:
         """(x, target): `x` mixed, or as it is and a layer armed to mix."""
-        state = self._state
+        state, who = self._state, type(self).__name__
         if not state.attached:
-            raise RuntimeError("ManifoldMixup: this policy is a copy without hooks; call attach(model) first.")
+            raise RuntimeError(f"{who}: this policy is a copy without hooks; call attach(model) first.")
         if state.plan is not None:
             raise RuntimeError(
-                f"ManifoldMixup: the draw for layer {self.layers[state.layer or 0]!r} was not used; run the model once "
+                f"{who}: the draw for layer {state.names[state.layer or 0]!r} was not used; run the model once "
                 "in training mode after each draw, through that layer, or call disarm()."
             )
-        cpu_generator("ManifoldMixup", generator)
+        cpu_generator(who, generator)
         state.used = None
         first = 0 if self.include_input else 1
-        layer = int(torch.randint(first, len(self.layers) + 1, (1,), generator=generator)) - 1
+        layer = int(torch.randint(first, len(state.names) + 1, (1,), generator=generator)) - 1
         if layer < 0:
             return super().forward(x, y, generator=generator, kind=kind)
         plan, target = self._plan_and_target(x, y, generator, kind)
@@ -126,71 +131,112 @@ class ManifoldMixup(Policy):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without the hooks and the armed plan, which belong to this policy's model."""
-        return {**self.__dict__, "_state": _State()}
+        return {**self.__dict__, "_state": _State(type(self))}
+
+
+def find_module(who: str, argument: str, model: nn.Module, name: str) -> nn.Module:
+    """The submodule of this name; the message offers the nearest one."""
+    modules = dict(model.named_modules())
+    if name not in modules or not name:
+        near = _check.did_you_mean(name, (known for known in modules if known))
+        raise ValueError(
+            f"{who}: {argument} names {name!r}, which the model does not have{near}; "
+            "pass names from model.named_modules()."
+        )
+    return modules[name]
 
 
 class _State:
     """What the hooks of one policy share with it: the armed plan, and the one that was used last."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: type[ManifoldMixup]) -> None:
+        self.policy = policy
         self.attached = False
+        self.names: tuple[str, ...] = ()
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.plan: MixPlan | None = None
         self.layer: int | None = None
         self.used: tuple[int, MixPlan] | None = None
+        #: where the layers are to be found yet
+        self.model: weakref.ref[nn.Module] | None = None
 
 
-class _LayerHook:
-    """The forward hook of one layer. All references are weak: a hook keeps neither the policy nor the model alive."""
+class WeakHook:
+    """A forward hook of one module. All references are weak: it keeps neither the policy nor the model alive.
 
-    def __init__(self, state: Any, module: Any, root: Any, index: int) -> None:
-        self.state, self.module, self.root, self.index = state, module, root, index
+    Args:
+        state: weak reference to what the hook shares with its policy.
+        module: where the hook is put.
+        root: the model whose mode counts.
+        index: which of the policy's modules it is.
+    """
+
+    def __init__(self, state: Any, module: nn.Module | None, root: nn.Module | None, index: int = 0) -> None:
+        self.state, self.index = state, index
+        self.module = _no_reference if module is None else weakref.ref(module)
+        self.root = _no_reference if root is None else weakref.ref(root)
+
+    def live(self, module: nn.Module) -> bool:
+        """Whether there still is a policy, and the module is its own: a copy of the model carries copies of its hooks,
+        whose own module is another one."""
+        return self.state() is not None and self.root() is not None and module is self.module()
+
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        root = self.root()
+        return root is not None and root.training
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        state, root = self.state(), self.root()
-        # A copy of the model carries a copy of this hook, whose own module is another one.
-        if state is None or root is None or module is not self.module() or not root.training:
+        """As a copied or unpickled model carries it: a hook that does nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeakHook, (_no_reference, None, None)
+
+
+class _LayerHook(WeakHook):
+    """Mixes the output of one layer, once a draw."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.live(module) or not self.training():
             return None
+        state: _State = self.state()
         if state.plan is not None and state.layer == self.index:
             plan, state.plan = state.plan, None
             state.used = (self.index, plan)
         elif state.used is None or state.used[0] != self.index:
             return None
-        elif torch._C._current_graph_task_id() != -1:
-            plan = state.used[1]  # inside the backward pass: activation checkpointing runs the forward again
+        elif is_rerun():
+            plan = state.used[1]
         else:
             state.used = None  # a clean forward, which activation checkpointing must run again clean
             return None
         if isinstance(output, Tensor):
-            return plan.blend(output)
+            return state.policy.mix_layer(plan, output)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            first = plan.blend(output[0])
+            first = state.policy.mix_layer(plan, output[0])
             rest = [first, *output[1:]]
             return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
         raise TypeError(
-            f"ManifoldMixup: a layer returned a {type(output).__name__}; name a layer that returns a tensor, "
+            f"{state.policy.__name__}: a layer returned a {type(output).__name__}; name a layer that returns a tensor, "
             "or a tuple whose first entry is one."
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
+
+def is_rerun() -> bool:
+    """Whether this is inside the backward pass, where activation checkpointing runs forwards again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @functools.cache
-def _hook_class() -> type[_LayerHook]:
+def outside_graphs(hook: type[WeakHook]) -> type[WeakHook]:
     """The hook, run outside compiled graphs. Made when first needed: `torch.compiler.disable` loads the whole compiler,
     which an import of this package must not."""
 
-    class Hook(_LayerHook):
-        __call__ = torch.compiler.disable(_LayerHook.__call__)
+    class Hook(hook):  # type: ignore[valid-type, misc]
+        __call__ = torch.compiler.disable(hook.__call__)
 
     return Hook
 
 
 def _no_reference() -> None:
     return None
-
-
-def _idle_hook() -> _LayerHook:
-    """What a copied or unpickled model carries instead: a hook that does nothing."""
-    return _LayerHook(_no_reference, _no_reference, _no_reference, 0)

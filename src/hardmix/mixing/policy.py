@@ -35,6 +35,8 @@ class Policy(nn.Module):
 
     #: smallest and largest number of axes of the batch, samples and channels included
     min_ndim, max_ndim = 3, 5
+    #: whether a row of its plans may stand beside rows of other policies' plans
+    by_rows = True
 
     def __init__(self, *, alpha: float = 1.0, per: str = "sample", pairing: str | LabelPairing | None = None) -> None:
         super().__init__()

@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
 from hardmix.mixing.draw import Pairing
+from hardmix.mixing.gradients import check_model, input_saliency
 from hardmix.mixing.plan import MixPlan, full_box_share
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.static import cut_box, cut_side, whole_pixels
 
+#: The maps that have a name, beside any function of the batch.
+SALIENCIES = ("spectral-residual", "input-gradient")
 #: The spectral residual looks at an image at about this many pixels a side; details finer than that are not salient.
 _SIDE = 64
 
@@ -25,10 +28,14 @@ class SaliencyMix(Policy):
         box as in CutMix, its centre at the maximum of the partner's saliency map;  lam = 1 - area / (H W)
 
     Args:
-        saliency: a function (N, C, *spatial) -> (N, *spatial) map, possibly coarser; None takes `spectral_residual`.
-            Equal maxima: the first. With per="batch" or "pair" rows share lambda, never the place.
+        saliency: "spectral-residual", which None takes, too; "input-gradient", `input_saliency` of `model`, one forward
+            and backward more for each batch; or a function (N, C, *spatial) -> (N, *spatial) map, possibly coarser.
+            Equal maxima: the first; of maps with NaN the first NaN. With per="batch" or "pair" rows share lambda,
+            never the place.
+        model: what is trained, for the input gradient; it is no part of the policy. Other maps don't look at it.
         alpha, per, pairing: see `Policy`.
-    Shapes: (N, C, L), (N, C, H, W) or (N, C, D, H, W). No gradient flows through the saliency.
+    Shapes: (N, C, L), (N, C, H, W) or (N, C, D, H, W). No gradient flows through the saliency. The input gradient needs
+    floats, and the labels: `plan(x, y)`.
     Reference: Uddin et al. 2021, eq. 1-4 (arXiv:2006.01791). The authors use OpenCV's fine-grained saliency of one
     image of the batch for everybody's box; here every partner has its own map.
     """
@@ -37,30 +44,25 @@ class SaliencyMix(Policy):
         self,
         alpha: float = 1.0,
         *,
-        saliency: Callable[[Tensor], Tensor] | None = None,
+        saliency: Callable[[Tensor], Tensor] | str | None = None,
+        model: nn.Module | None = None,
         per: str = "sample",
         pairing: str | None = None,
     ) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
-        if saliency is not None and not callable(saliency):
-            raise TypeError(
-                f"SaliencyMix: saliency is a {type(saliency).__name__}; pass a function of the batch, or None."
-            )
-        self.saliency = saliency
+        self.saliency = check_saliency("SaliencyMix", saliency, model)
+        self._model = (model,)  # in a tuple, so that its weights don't become the policy's
+
+    def extra_repr(self) -> str:
+        name = self.saliency if isinstance(self.saliency, str) else None
+        return super().extra_repr() + (f", saliency={name!r}" if name else "")
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         size = tuple(x.shape[2:])
         lam = self._lam(pairing, generator)
         plan = MixPlan(pairing.partner, lam, size=size, shift=pairing.shift).to(x.device)
-        with torch.no_grad():
-            saliency = spectral_residual(x) if self.saliency is None else self.saliency(x)
-        if not isinstance(saliency, Tensor) or saliency.ndim != x.ndim - 1 or saliency.shape[0] != x.shape[0]:
-            got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
-            raise ValueError(
-                f"SaliencyMix: saliency returned {got} for a batch of shape {tuple(x.shape)}; "
-                "return one map (N, *spatial) per sample."
-            )
-        at = saliency.detach().flatten(1).argmax(1)  # (N,)
+        saliency = saliency_map("SaliencyMix", self.saliency, self._model[0], x, y)
+        at = saliency.flatten(1).argmax(1)  # (N,)
         places = []
         for length in reversed(saliency.shape[1:]):
             places.append((at % length + 0.5) / length)
@@ -69,6 +71,46 @@ class SaliencyMix(Policy):
         plan.box = cut_box(cut_side(plan.lam, len(size)), whole_pixels(centre, size), size)
         plan.lam = full_box_share(plan.box, size)
         return plan
+
+
+def check_saliency(
+    who: str, saliency: Callable[[Tensor], Tensor] | str | None, model: object
+) -> Callable[[Tensor], Tensor] | str | None:
+    """A way to find salient pixels: a name, a function or None, and the model where the name needs one."""
+    if isinstance(saliency, str):
+        _check.choice(who, "saliency", saliency, SALIENCIES)
+    elif saliency is not None and not callable(saliency):
+        raise TypeError(
+            f"{who}: saliency is a {type(saliency).__name__}; pass a function of the batch, or one of "
+            f"{', '.join(map(repr, SALIENCIES))}."
+        )
+    if model is None and saliency == "input-gradient":
+        raise ValueError(f"{who}: saliency is 'input-gradient' but model is None; pass the model that is trained.")
+    if model is not None:
+        check_model(who, model)
+    return saliency
+
+
+def saliency_map(
+    who: str,
+    saliency: Callable[[Tensor], Tensor] | str | None,
+    model: nn.Module | None,
+    x: Tensor,
+    y: Tensor | None,
+) -> Tensor:
+    """The map (N, *spatial) of a batch, without a gradient and possibly coarser; None is the spectral residual."""
+    if saliency == "input-gradient":
+        assert model is not None
+        return input_saliency(model, x, y, who=who)
+    with torch.no_grad():
+        found = saliency(x) if callable(saliency) else spectral_residual(x)
+    if not isinstance(found, Tensor) or found.ndim != x.ndim - 1 or found.shape[0] != x.shape[0]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"{who}: saliency returned {got} for a batch of shape {tuple(x.shape)}; "
+            "return one map (N, *spatial) per sample."
+        )
+    return found.detach()
 
 
 def spectral_residual(x: Tensor) -> Tensor:
@@ -97,13 +139,16 @@ def spectral_residual(x: Tensor) -> Tensor:
     residual = spectrum / (height + floor) * (log_height - average).exp()
     energy = torch.fft.ifftn(residual, dim=dims).abs().square()
     for dim in dims:
-        energy = _blur(energy, dim)
+        energy = blur_axis(energy, dim)
     return energy[:, 0]
 
 
-def _blur(x: Tensor, dim: int, sigma: float = 2.5) -> Tensor:
-    """Gaussian along one axis; at the border the weights of what is left sum to one."""
+def blur_axis(x: Tensor, dim: int, sigma: float = 2.5, radius: int | None = None) -> Tensor:
+    """Gaussian along one axis, cut off at `radius`; at the border the weights of what is left sum to one."""
     at = torch.arange(x.shape[dim], device=x.device, dtype=x.dtype)
-    weight = torch.exp(-0.5 * ((at - at[:, None]) / sigma) ** 2)
+    distance = at - at[:, None]
+    weight = torch.exp(-0.5 * (distance / sigma) ** 2)
+    if radius is not None:
+        weight = weight * (distance.abs() <= radius)
     weight = weight / weight.sum(0)
     return torch.tensordot(x, weight, dims=([dim], [0])).movedim(-1, dim)

@@ -18,6 +18,7 @@ from hardmix.report.text import (
     count,
     dig,
     duration,
+    method_title,
     metric,
     number,
     p_value,
@@ -154,9 +155,18 @@ def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
         "color": method.place % len(plots.COLORS),
         "cells": [_cell(comparison, method, key) for key in comparison.metrics],
         "per_step": step_time(method.seconds("per_step")),
+        "relative": _relative(comparison, method),
         "training": duration(method.seconds("train")),
         "memory": "n/a" if memory is None else f"{count(memory)}\u00a0MB",
     }
+
+
+def _relative(comparison: Comparison, method: Method) -> str:
+    """Time of a step in that of plain Mixup, or of the first method where Mixup is not compared."""
+    plain_mixup = [m for m in comparison.methods if m.title == method_title("mixup", "soft-cross-entropy")]
+    base = (plain_mixup or comparison.methods)[0].seconds("per_step")
+    own = method.seconds("per_step")
+    return f"{own / base:.2f}" if own and base else "n/a"
 
 
 def _cell(comparison: Comparison, method: Method, key: str) -> Cell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ PNG_SIDE = 64
 
 def mixed_sheet(
     own: Tensor,
-    partner: Tensor,
+    partner: Tensor | None,
     mask: Tensor | None,
     mixed: Tensor,
     captions: Sequence[str],
@@ -36,7 +36,7 @@ def mixed_sheet(
     """One labelled picture of G mixed samples.
 
     Args:
-        own, partner, mixed: (G, C, H, W) images, uint8 or floats in [0, 1].
+        own, partner, mixed: (G, C, H, W) images, uint8 or floats in [0, 1]; a partner of None leaves its column out.
         mask: (G, 1, H, W) share of the own pixel (white: own), (G, 1, 1, 1) for a share of the whole image, or None,
             which leaves the column out.
         captions: G texts such as `caption` makes: "Sneaker 0.38 + Bag 0.62".
@@ -52,7 +52,7 @@ def mixed_sheet(
     mixed = _check.batch(who, "mixed", mixed, 4, 4)
     side = _check.integer(who, "side", side, 16)
     for name, images in (("own", own), ("partner", partner)):
-        if tuple(_check.tensor(who, name, images).shape) != tuple(mixed.shape):
+        if images is not None and tuple(_check.tensor(who, name, images).shape) != tuple(mixed.shape):
             raise ValueError(f"{who}: {name} has shape {tuple(images.shape)} but mixed has {tuple(mixed.shape)}.")
     count, _, height, width = mixed.shape
     if len(captions) != count:
@@ -86,6 +86,27 @@ def mixed_sheet(
         text = _shorten(visible(captions[i]), block[0], font)
         draw.text((left, top + cell[1] + 5), text, fill="#1d1f22", font=font)
     return sheet
+
+
+def stacked_sheets(
+    sheets: Mapping[str, tuple[Tensor, Tensor | None, Tensor | None, Tensor, Sequence[str]]], *, side: int = 80
+) -> Image.Image:
+    """The sheets of several policies, two side by side, each under its name; see `mixed_sheet` for the entries."""
+    from PIL import Image, ImageDraw
+
+    head, gap = 30, 12
+    made = [(visible(name), mixed_sheet(*parts, side=side)) for name, parts in sheets.items()]
+    width = max(sheet.width for _, sheet in made)
+    height = head + max(sheet.height for _, sheet in made)
+    rows = -(-len(made) // 2)
+    whole = Image.new("RGB", (2 * width + gap, rows * (height + gap)), "white")
+    draw = ImageDraw.Draw(whole)
+    font = _font(18)
+    for place, (name, sheet) in enumerate(made):
+        left, top = (place % 2) * (width + gap), place // 2 * (height + gap)
+        draw.text((left + 20, top + 6), name, fill="#1d1f22", font=font)
+        whole.paste(sheet, (left, top + head))
+    return whole
 
 
 def shares(labels: Sequence[int], weights: Sequence[float], class_names: Sequence[Any]) -> list[tuple[str, float]]:

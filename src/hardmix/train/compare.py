@@ -133,6 +133,9 @@ def summarise(
         if recipe is not first and len(seeds) > 1:
             row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in metrics}
         table.append(row)
+    cheap = cost_base(table)
+    for row in table:
+        row["relative_cost"] = row["seconds_per_step"]["mean"] / max(cheap["seconds_per_step"]["mean"], 1e-9)
     _correct([row["versus_first"] for row in table if row["versus_first"]])
     twins: list[dict[str, Any]] = [
         {
@@ -161,10 +164,17 @@ def summarise(
         "seeds": seeds,
         "runs": runs,
         "table": table,
+        "cost_against": cheap["name"],
         "twins": twins,
         "versions": summaries[first.name, seeds[0]]["versions"],
         "device": summaries[first.name, seeds[0]]["device"],
     }
+
+
+def cost_base(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row whose seconds a step are 1: plain Mixup where it is compared, else the first."""
+    plain = ("mixup", "soft-cross-entropy")
+    return next((row for row in table if (row["policy"], row["objective"]) == plain), table[0])
 
 
 def objective_twins(recipes: list[Recipe]) -> list[tuple[Recipe, Recipe]]:

@@ -39,25 +39,41 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
-def build_policy(component: Component, model: Any) -> Any:
-    """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built."""
+def build_policy(component: Component, model: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built.
+
+    Args:
+        model: takes samples as the policy gets them.
+        shape: of one sample, for policies that look at the model's layers before the first batch.
+    """
     cls = entry("policy", component.name, {**tables.POLICIES, **tables.REGRESSION_POLICIES})
     options = component.options
-    known = _parameters(cls) + ["bandwidth"] * (component.name == "manifold-mixup")
-    check_options("policy", component.name, known, options)
+    known = [name for name in _parameters(cls) if name != "input_shape"]
+    check_options("policy", component.name, known + ["bandwidth"] * (component.name == "manifold-mixup"), options)
     if component.name == "random-choice":
         children = options.pop("policies", None)
         if not isinstance(children, list) or not children:
             raise ValueError('policies is missing; list them: policies = [{ name = "mixup" }, { name = "cutmix" }]')
-        built = [None if c == "none" else build_policy(_component(c), model) for c in children]
-        return cls(built, **options)
-    if component.name == "scheduled":
-        return cls(build_policy(_component(options.pop("policy", None)), model), **options)
+        members = [None if c == "none" else _component(c) for c in children]
+        built = [None if member is None else build_policy(member, model, shape) for member in members]
+        lacking = model is None and any(m is not None and made is None for m, made in zip(members, built, strict=True))
+        return None if lacking else cls(built, **options)
+    of: list[Any] = []
+    if component.name in tables.NEEDS_MODEL:
+        of.append(model)
+    if component.name in tables.WRAPPERS:
+        of.append(build_policy(_component(options.pop("policy", None)), model, shape))
+    if any(part is None for part in of):
+        return None
     if "bandwidth" in options and component.name == "manifold-mixup":
         options["pairing"] = LabelKernel(options.pop("bandwidth"))
-    if component.name in tables.NEEDS_MODEL:
-        return None if model is None else cls(model, **options)
-    return cls(**options)
+    if options.get("saliency") == tables.BY_GRADIENT:
+        if model is None:
+            return None
+        options["model"] = model
+    if shape is not None and "input_shape" in inspect.signature(cls).parameters:
+        options["input_shape"] = shape
+    return cls(*of, **options)
 
 
 def build_objective(component: Component, train_labels: Tensor | None = None) -> Any:

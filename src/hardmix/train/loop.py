@@ -7,6 +7,7 @@ Devices, precision and processes are Accelerate's. Every random number is a func
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
-from hardmix.distributed import from_first, largest, mean_over_ranks, my_part, rows_from_first
+from hardmix.distributed import average_gradients, from_first, largest, mean_over_ranks, my_part, rows_from_first
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.log import NoLog, RunLog
@@ -280,6 +281,8 @@ class _Run:
             if whole is None:
                 self.accelerator.backward(loss * share)
             totals = {k: totals[k] + v * share if k in totals else v * share for k, v in values.items()}
+        if (beside := self._beside()[0]) is not None:
+            average_gradients(beside.parameters())
         if train.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip_norm)
         self.optimizer.step()
@@ -460,7 +463,10 @@ def _accelerator(recipe: Recipe) -> Any:
     # the processes would wait for.
     some = recipe.contrast is not None or recipe.tune.probe_epochs > 0 or recipe.model.name == "coca"
     unused = DistributedDataParallelKwargs(find_unused_parameters=some)
-    return Accelerator(mixed_precision=precision, cpu=recipe.train.device == "cpu" or None, kwargs_handlers=[unused])
+    # Without a GPU, Accelerate takes several processes of a launcher for strangers unless it is told.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    on_cpu = recipe.train.device == "cpu" or several
+    return Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
 
 
 def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:

@@ -1,51 +1,152 @@
-"""`hardmix show`: a labelled picture of what a policy does to real images."""
+"""`hardmix show`: labelled pictures of what policies do to real images."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from hardmix.data.catalog import load_images
+from hardmix.data.images import ImageSet
+from hardmix.mixing import Policy
 from hardmix.models.build import build_model
-from hardmix.tables import REGRESSION_POLICIES
+from hardmix.tables import NEEDS_ATTENTION, POLICIES, REGRESSION_POLICIES, WRAPPERS
 from hardmix.train.components import Component, build_policy
+from hardmix.train.evaluate import load_run
 from hardmix.train.files import write_bytes
 from hardmix.train.recipe import parse_options
 from hardmix.train.seeds import generator
+from hardmix.train.tasks.classification import Classification
+
+#: what a policy is shown with where nothing is said
+USUAL: dict[str, dict[str, object]] = {
+    "random-choice": {"policies": [{"name": "mixup"}, {"name": "cutmix"}]},
+    "manifold-mixup": {"layers": ["stage1"]},
+    **{name: {"policy": {"name": "cutmix"}} for name in WRAPPERS},
+}
+#: policies whose labels follow from what the model makes of the mixed images
+BY_LABEL = (*NEEDS_ATTENTION, "sumix")
+#: samples of each policy on the sheet of all
+ROWS_OF_ALL = 2
+
+
+class Drawn(NamedTuple):
+    """Mixed samples: (G, C, H, W) images, the partner and the mask where there is one partner, and captions."""
+
+    own: Tensor
+    partner: Tensor | None
+    mask: Tensor | None
+    mixed: Tensor
+    texts: list[str]
+
+
+class Subject(NamedTuple):
+    """Images to mix, and a trained model for policies that look at one, or None."""
+
+    x: Tensor
+    labels: Tensor
+    images: ImageSet
+    model: nn.Module | None
 
 
 def show_policy(
-    name: str, data: str, data_path: str, path: Path, *, rows: int, seed: int, sets: list[str] | None = None
+    name: str,
+    data: str,
+    data_path: str,
+    path: Path,
+    *,
+    rows: int,
+    seed: int,
+    sets: list[str] | None = None,
+    run: Path | None = None,
 ) -> list[str]:
     """Write a PNG of `rows` mixed samples and return a line of text for each.
 
     A policy that mixes hidden states is shown at the input, where there is something to see.
+
+    Args:
+        run: a trained run, whose test images are shown and whose model a policy looks at; without one, a small model
+            that was never trained.
     """
-    from hardmix.report.gallery import caption, mixed_sheet
+    from hardmix.report.gallery import mixed_sheet
 
     if name in REGRESSION_POLICIES:
         raise ValueError(f"show: {name} pairs by labels that are numbers, which these images don't have; show another.")
-    images = load_images(data, data_path or None)
-    split = images.test
-    draws = generator(seed, "show")
-    index = torch.randperm(len(split), generator=draws)[:rows]
-    x = split.batch(index).to(torch.float32) / 255.0
-    labels = split.labels[index]
-    model = build_model("small-cnn", num_classes=len(split.class_names), in_channels=x.shape[1], image_size=x.shape[2])
-    policy = build_policy(Component(name=name, **parse_options(sets or [])), model)
-    plan = policy.plan(x, labels, generator=draws)
-    mixed = plan.blend(x)
-    own = x if plan.own is None else plan.own
-    other = x[plan.partner] if plan.other is None else plan.other
-    target = plan.target(labels)
-    texts = [
-        caption(*row, split.class_names) for row in zip(target.labels.tolist(), target.weights.tolist(), strict=True)
-    ]
-    mask = plan.lam.view(-1, 1, 1, 1) if plan.mask is None else plan.mask
+    drawn = draw(name, _subject(data, data_path, rows, seed, run), seed, parse_options(sets or []))
     picture = io.BytesIO()
-    mixed_sheet(own, other, mask, mixed, texts).save(picture, "PNG")
+    mixed_sheet(drawn.own, drawn.partner, drawn.mask, drawn.mixed, drawn.texts).save(picture, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, picture.getvalue())
-    return texts
+    return drawn.texts
+
+
+def show_all(data: str, data_path: str, path: Path, *, seed: int, run: Path | None = None) -> list[str]:
+    """Write one PNG with a few samples of every policy, and return the policies that it shows.
+
+    One that can't look at the model of `run` (attention where there is none) is left out then.
+    """
+    from hardmix.report.gallery import stacked_sheets
+
+    subject = _subject(data, data_path, ROWS_OF_ALL, seed, run)
+    sheets: dict[str, Drawn] = {}
+    for name in POLICIES:
+        try:
+            sheets[name] = draw(name, subject, seed, {})
+        except (ValueError, TypeError):
+            if run is None:
+                raise
+    picture = io.BytesIO()
+    stacked = stacked_sheets({n: (d.own, d.partner, d.mask, d.mixed, d.texts) for n, d in sheets.items()})
+    stacked.save(picture, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, picture.getvalue())
+    return list(sheets)
+
+
+def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> Drawn:
+    """What a policy makes of the subject's images."""
+    from hardmix.report.gallery import caption
+
+    x, labels, images = subject.x, subject.labels, subject.images
+    model = subject.model or _untrained(name, x, len(images.class_names))
+    told = {**USUAL.get(name, {}), **options}
+    torch.manual_seed(seed)  # for what a policy learns
+    policy: Policy = build_policy(Component(name=name, **told), model, tuple(x.shape[1:]))
+    own, partner, mask = x, None, None
+    try:
+        plan = policy.plan(x, labels, generator=generator(seed, "show", 1))
+    except NotImplementedError:  # of several partners
+        mixed, target = policy(x, labels, generator=generator(seed, "show", 1))
+    else:
+        mixed, target = plan.blend(x), plan.target(labels)
+        own = x if plan.own is None else plan.own
+        partner = x[plan.partner] if plan.other is None else plan.other
+        mask = plan.lam.view(-1, 1, 1, 1) if plan.mask is None else plan.mask
+    if name in BY_LABEL:
+        mixed, target = policy(x, labels, generator=generator(seed, "show", 1))
+        with torch.no_grad():
+            target = policy.relabel(model.train()(mixed), target)
+    texts = [
+        caption(*row, images.class_names) for row in zip(target.labels.tolist(), target.weights.tolist(), strict=True)
+    ]
+    return Drawn(own, partner, mask, mixed.detach(), texts)
+
+
+def _subject(data: str, data_path: str, rows: int, seed: int, run: Path | None) -> Subject:
+    if run is not None:
+        loaded = load_run(run, data_path=data_path)
+        if not isinstance(loaded.task, Classification):
+            raise ValueError(f"show: {run} is of task {loaded.task.recipe.task}; pass a run that tells images apart.")
+        split, model = loaded.task.test_set, loaded.task.on_pixels
+    else:
+        split, model = load_images(data, data_path or None).test, None
+    index = torch.randperm(len(split), generator=generator(seed, "show"))[:rows]
+    return Subject(split.batch(index).to(torch.float32) / 255.0, split.labels[index], split, model)
+
+
+def _untrained(name: str, x: Tensor, classes: int) -> nn.Module:
+    kind = "tiny-vit" if name in NEEDS_ATTENTION else "small-cnn"
+    return build_model(kind, num_classes=classes, in_channels=x.shape[1], image_size=x.shape[2])

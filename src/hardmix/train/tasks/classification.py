@@ -15,8 +15,9 @@ from hardmix.data.views import Augment, Normalize
 from hardmix.distributed import gather_rows, my_part
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
 from hardmix.metrics.robustness import other_class_partner, plan_at
-from hardmix.mixing import MixedTarget, MixPlan
+from hardmix.mixing import MixedTarget, MixPlan, Policy
 from hardmix.models.build import build_model
+from hardmix.models.on_pixels import OnPixels
 from hardmix.train.components import build_objective, build_policy
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
@@ -70,6 +71,7 @@ class Classification:
         self.recipe = recipe
         self.data = data
         channels, height, _ = self.train_set.shape
+        self.normalize = Normalize(data.mean, data.std)
         torch.manual_seed(derive(recipe.seed, "model"))
         self.model = build_model(
             recipe.model.name,
@@ -80,10 +82,12 @@ class Classification:
         )
         #: what is averaged and measured
         self.network = self.model
-        self.policy = None if recipe.policy is None else build_policy(recipe.policy, self.model)
+        #: what policies that look at the model have of it
+        self.on_pixels = OnPixels(self.model, self.normalize)
+        policy = None if recipe.policy is None else build_policy(recipe.policy, self.on_pixels, self.train_set.shape)
+        self.policy: Policy | None = policy
         self.objective = build_objective(recipe.objective)
         self.augment = Augment(recipe.data.augment)
-        self.normalize = Normalize(data.mean, data.std)
 
     #: the memory format of its filters
     layout = torch.channels_last
