@@ -174,3 +174,42 @@ def test_choice_settings() -> None:
         RandomChoice([Mixup(per="pair"), CutMix()], per="sample", pairing="shift")
     with pytest.raises(ValueError, match=r"RandomChoice: x has shape \(4, 5\); pass a batch with 3 to 5 axes"):
         RandomChoice([Mixup(), CutMix()], per="sample").plan(torch.rand(4, 5))
+
+
+class Weighing(Mixup):
+    """A policy that goes on after the draw, to see that combinations pass that on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stepped = 0
+
+    def relabel(self, logits, target):
+        return target._replace(weights=target.weights.flip(1))
+
+    def loss(self, criterion):
+        return torch.tensor(3.0)
+
+    def after_step(self):
+        self.stepped += 1
+
+
+@pytest.mark.parametrize("combine", [lambda p: RandomChoice([p]), lambda p: Scheduled(p, stop=0.5)])
+def test_combinations_pass_on_what_a_policy_does_after_the_draw(combine) -> None:
+    inner = Weighing()
+    policy = combine(inner)
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    _, target = policy(x, y, generator=rng())
+    assert torch.equal(policy.relabel(torch.zeros(4, 4), target).weights, target.weights.flip(1))
+    assert policy.loss(lambda *_: torch.zeros(())) == 3.0
+    policy.after_step()
+    assert inner.stepped == 1
+    if isinstance(policy, Scheduled):
+        policy.set_progress(0.9)
+        _, target = policy(x, y, generator=rng())
+        assert policy.relabel(torch.zeros(4, 4), target) is target
+        assert policy.loss(lambda *_: torch.zeros(())) is None
+
+
+def test_what_goes_on_after_the_draw_is_no_row_of_a_choice() -> None:
+    with pytest.raises(ValueError, match='holds Weighing, which does more than a plan says; use per="batch"'):
+        RandomChoice([Mixup(), Weighing()], per="sample")

@@ -333,6 +333,6 @@ def test_in_a_choice_and_a_schedule() -> None:
                 assert not torch.equal(out, clean)
     assert 0 < armed < 20
     with pytest.raises(
-        ValueError, match='policies holds ManifoldMixup, which mixes one layer of a whole batch; use per="batch"'
+        ValueError, match='policies holds ManifoldMixup, which does more than a plan says; use per="batch"'
     ):
         RandomChoice([CutMix(), Scheduled(hidden)], per="sample")

@@ -3,8 +3,9 @@
     python benchmarks/evidence/semi/page.py            # writes them again
     python benchmarks/evidence/semi/page.py --check    # says whether they are what the results give
 
-A table stands between `<!-- evidence: NAME -->` and `<!-- end -->`; the words around it are written by hand. Differences are
-paired by seed, which is a draw of the labelled samples. The tests of one column are one family, with Holm's correction.
+A table stands between `<!-- evidence: NAME -->` and `<!-- end -->`; the words around it are written by hand.
+Differences are paired by seed, which is a draw of the labelled samples. The tests of one column are one family, with
+Holm's correction.
 """
 
 from __future__ import annotations

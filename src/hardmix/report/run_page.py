@@ -132,7 +132,8 @@ def _missing(summary: dict[str, Any]) -> Table | None:
 def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     """Loss, accuracy and learning rate over epochs, as far as the log has them."""
     drawn: list[tuple[Plot, str]] = []
-    mixes = run.summary.get("policy") not in (None, "none")
+    few = run.summary.get("task") == "few-labels"
+    mixes = run.summary.get("policy") not in (None, "none") and not few
     x, contrast = plots.thin(run.train, "contrast")
     if x:
         span = f"from {plain(contrast[0], 3)} to {plain(contrast[-1], 3)} by epoch {plain(x[-1], 3)}"
@@ -156,9 +157,10 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         told.append(f"validation top-1 ends at {last}, its highest is {best}")
     if lines:
         alt = f"Accuracy over epochs: {'; '.join(told)}."
-        caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else "training top-1"
+        caption = "top-1 of the labelled samples" if few else "training top-1"
+        caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else caption
         plot = plots.curves(lines, alt, y_label="accuracy", percent=True, width=WIDE)
-        drawn.append((plot, f"Blue: validation top-1. Grey: {caption}."))
+        drawn.append((plot, f"{'Blue: validation top-1. ' if top1 else ''}Grey: {caption}."))
     drawn += _pseudo_curves(run)
     x, recall = plots.thin(run.validation, "recall_5")
     if x:
