@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from hardmix.train.schedule import Place, Schedule, Stage, lr_factor
@@ -43,3 +45,13 @@ def test_a_batch_is_no_larger_than_the_smallest_stage() -> None:
     schedule = Schedule([Stage(1, 50, 1.0), Stage(1, 7, 1.0)], batch_size=10, warmup_epochs=0.0)
     assert schedule.batch_size == 7
     assert schedule.steps_per_epoch == [7, 1]
+
+
+def test_seven_sixteenths_of_a_cosine_end_at_a_fifth() -> None:
+    schedule = Schedule([Stage(4, 100, 0.5)], 10, 1.0, "cosine-7/16")
+    assert schedule.lr(4) == pytest.approx(0.25)  # half-way through the warm-up
+    assert schedule.lr(10) == pytest.approx(0.5)
+    for step in (15, 25, 39):
+        assert schedule.lr(step) == pytest.approx(0.5 * math.cos(7 * math.pi * (step - 10) / 30 / 16))
+    assert lr_factor(100, 100, 0, "cosine-7/16") == pytest.approx(0.19509, abs=1e-5)
+    assert lr_factor(100, 100, 0) == pytest.approx(0.0)
