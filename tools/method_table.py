@@ -315,6 +315,8 @@ def mixes(policy: Policy) -> str:
         return "several images"
     if plan.own is not None and plan.other is None:
         return "an image with itself"
+    if plan.fit is not None and plan.fit is not plan.box and not torch.equal(plan.fit, plan.box):
+        return "a box with a part of the partner"
     if plan.fit is not None:
         return "a box with the whole partner"
     if plan.box is not None:

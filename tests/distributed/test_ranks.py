@@ -92,8 +92,8 @@ from hardmix.train.loop import run_recipe
 from tests.train.conftest import tiny
 rank, seen = os.environ["RANK"], []
 build = task.build_policy
-def watched(component, model):
-    policy = build(component, model)
+def watched(*args):
+    policy = build(*args)
     plan = policy.plan
     def remember(*args, **kwargs):
         made = plan(*args, **kwargs)

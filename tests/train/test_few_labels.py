@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from hardmix.train.errors import Interrupted, RecipeError, RunError
-from hardmix.train.loop import run_recipe
+from hardmix.train.evaluate import evaluate_run
+from hardmix.train.loop import read_summary, run_recipe
 from hardmix.train.recipe import check_recipe, load_recipe
 from hardmix.train.state import list_steps, load_checkpoint
 from hardmix.train.tasks import TASKS
@@ -100,8 +101,6 @@ def test_a_run_logs_trust_and_writes_its_split(tmp_path):
 def test_the_average_of_the_weights_is_what_is_measured(tmp_path):
     folder = tmp_path / "run"
     summary = run_recipe(recipe(), folder)
-    from hardmix.train.evaluate import evaluate_run
-
     assert evaluate_run(folder)["test"]["top1"] == summary["test"]["top1"]
     tensors = load_checkpoint(folder / "checkpoints", "last").tensors
     assert {name.split(".")[0] for name in tensors["model"]} <= {"backbone", "algorithm"}
@@ -202,12 +201,57 @@ def test_it_starts_from_a_classifier_without_its_head(tmp_path):
         ({"policy": {"name": "mixup"}, "objective": {"name": "soft-bce"}}, "is not one of pairs"),
         ({"tune": {"temperature": 0.1}}, "tune.start aside"),
         ({"data": {"name": "folder"}}, "of a folder the files say"),
+        ({"train": {"accumulate": 2}}, "would tear labelled samples from their unlabelled ones"),
+        ({"policy": {"name": "random-choice", "policies": [{"name": "mixup"}]}}, "can't mix a labelled"),
+        ({"semi": {"per_class": 0, "split": "x.json"}, "data": {"train_samples": 50}}, "leave one out"),
         ({"task": "classification"}, "semi is a section of few-labels recipes"),
     ],
 )
 def test_what_does_not_fit_is_told(sections, words):
     with pytest.raises(RecipeError, match=words.replace("(", r"\(")):
         recipe(**sections)
+
+
+def test_pseudo_classes_are_judged_by_samples_that_are_not_trained_on():
+    task = task_of()
+    labelled = torch.isin(task.split.unlabelled, task.split.labelled)
+    assert bool((task.truth[labelled] == -1).all())
+    assert bool((task.truth[~labelled] >= 0).all())
+
+
+def test_a_new_classifier_is_not_the_one_that_the_start_was_trained_with(tmp_path):
+    table = {
+        "name": "before",
+        "data": {"name": "digits", "train_samples": 200, "augment": []},
+        "model": {"name": "small-cnn", "options": {"width": 4}},
+        "train": {"epochs": 1, "batch_size": 50, "warmup_epochs": 0, "threads": 1},
+    }
+    begun = TASKS["classification"](check_recipe(table, "before")).network.get_submodule("head.linear").weight.detach()
+    run_recipe(check_recipe(table, "before"), tmp_path / "before")
+    plan = recipe(tune={"start": str(tmp_path / "before")})
+    head = FewLabels(plan).network.get_submodule("head.linear").weight.detach()
+    assert not torch.equal(head, begun)
+    cosine = torch.nn.functional.cosine_similarity(head.flatten(), begun.flatten(), dim=0)
+    assert abs(float(cosine)) < 0.5
+    run_recipe(plan, tmp_path / "after")
+    shutil.rmtree(tmp_path / "before")
+    assert evaluate_run(tmp_path / "after")["test"] == read_summary(tmp_path / "after")["test"]
+
+
+def test_a_run_is_measured_without_the_split_file_that_it_was_given(tmp_path):
+    run_recipe(recipe(), tmp_path / "first")
+    given = tmp_path / "given.json"
+    shutil.copy(tmp_path / "first" / "split.json", given)
+    summary = run_recipe(recipe(semi={"per_class": 0, "split": str(given)}), tmp_path / "second")
+    given.unlink()
+    assert evaluate_run(tmp_path / "second")["test"] == summary["test"]
+
+
+def test_too_few_files_for_validation_are_told(own_folder):
+    plan = own(own_folder)
+    data = plan.data.model_copy(update={"validation": 0.01})
+    with pytest.raises(ValueError, match=r"data.validation=0.01 can't be cut from 19 labelled files"):
+        FewLabels(plan.model_copy(update={"data": data}))
 
 
 def test_a_class_with_too_few_samples_is_told():
@@ -249,7 +293,22 @@ def test_a_folder_of_ones_own_with_a_list_of_the_labelled_files(own_folder, tmp_
     assert data["labelled"] + data["validation"] + data["test"] == 24
     assert data["unlabelled"] == 40 + data["labelled"]
     assert data["classes"] == ["dark", "light"]
-    assert not (tmp_path / "run" / "split.json").exists()
+    record = json.loads((tmp_path / "run" / "split.json").read_text())
+    for part in ("labelled", "validation", "test"):
+        assert len(record[part]) == data[part]
+    assert "pseudo_top1" not in summary["test"], "no true class is known"
+    assert "pseudo_right" not in lines(tmp_path / "run", "train")[0]
+    assert "Right pseudo-classes" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_table_that_has_grown_is_told_before_what_was_trained_is_tested(own_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(own_folder, folder)
+    run_recipe(own(folder), tmp_path / "run")
+    with open(folder / "labels.csv", "a") as table:
+        table.writelines(f"photos/{number}.png,{'dark' if number % 2 else 'light'}\n" for number in range(30, 50))
+    with pytest.raises(RunError, match="so what was trained on might be tested"):
+        evaluate_run(tmp_path / "run")
 
 
 def test_files_for_validation_and_testing_are_not_among_the_unlabelled(own_folder):
@@ -257,11 +316,8 @@ def test_files_for_validation_and_testing_are_not_among_the_unlabelled(own_folde
     unlabelled = {task.few.unlabelled.sample_id(i) for i in range(len(task.few.unlabelled))}
     for held in (task.validation_set, task.test_set):
         assert not unlabelled & {held.sample_id(i) for i in range(len(held))}
-    known = (task.truth >= 0).nonzero().flatten()
-    assert len(known) == len(task.train_set)
-    names = {task.few.unlabelled.sample_id(int(i)): int(task.truth[i]) for i in known}
-    for i in range(len(task.train_set)):
-        assert names[task.train_set.sample_id(i)] == int(task.train_set.labels[i])
+    assert {task.train_set.sample_id(i) for i in range(len(task.train_set))} <= unlabelled
+    assert bool((task.truth == -1).all())
 
 
 def test_fewer_unlabelled_samples_keep_their_classes(own_folder):

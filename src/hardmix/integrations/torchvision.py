@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten  # what torchvision's transforms use as well
 
 from hardmix import _check, mixing
-from hardmix.mixing import ManifoldMixup, MixPlan, Policy
+from hardmix.mixing import MixPlan, Policy
+from hardmix.mixing.choice import mixes_by_plan
 from hardmix.mixing.draw import Pairing, cpu_generator
 
 Getter = Callable[[Any], Any]
@@ -54,8 +55,14 @@ class Mix(nn.Module):
     ) -> None:
         super().__init__()
         self._who = who = type(self).__name__
-        if not isinstance(policy, Policy) or any(isinstance(module, ManifoldMixup) for module in policy.modules()):
-            raise TypeError(f"{who}: policy is a {type(policy).__name__}; pass a hardmix policy that mixes the input.")
+        inside = (
+            [module for module in policy.modules() if isinstance(module, Policy)] if isinstance(policy, Policy) else []
+        )
+        if not inside or not all(map(mixes_by_plan, inside)):
+            raise TypeError(
+                f"{who}: policy is a {type(policy).__name__}; pass a hardmix policy that is done once it has mixed the "
+                "input."
+            )
         if not (labels_getter is None or labels_getter == "default" or callable(labels_getter)):
             raise ValueError(f'{who}: labels_getter is {labels_getter!r}; pass "default", None or a function.')
         self.policy = policy

@@ -179,6 +179,7 @@ def last_map(model: nn.Module, x: Tensor) -> str:
             f"last map ({type(error).__name__}: {error}); name the layers."
         ) from None
     finally:
+        torch.clear_autocast_cache()  # weights cast without a graph must not serve the training forward
         for handle in handles:
             handle.remove()
     # A module that runs twice would mix where it runs first.

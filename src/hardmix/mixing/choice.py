@@ -87,6 +87,11 @@ class RandomChoice(Policy):
     def forward(
         self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
     ) -> tuple[Tensor, MixedTarget]:
+        if torch.compiler.is_compiling() and not all(map(mixes_by_plan, self._members())):
+            raise RuntimeError(
+                "RandomChoice: policies holds one that does more than a plan says, which a compiled choice can't pass "
+                "on; call the policy outside of torch.compile."
+            )
         if self.per == "sample" or torch.compiler.is_compiling():
             return super().forward(x, y, generator=generator, kind=kind)
         chosen = self._one(generator)

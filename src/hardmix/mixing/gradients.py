@@ -118,6 +118,7 @@ def hidden_map(
         with undisturbed(model, batch_statistics=batch_statistics), torch.no_grad():
             model(model_input(who, model, x))
     finally:
+        torch.clear_autocast_cache()  # weights cast without a graph must not serve the training forward
         for handle in handles:
             handle.remove()
     of_channels = "" if channels is None else f" of {channels} channels, which the head reads"

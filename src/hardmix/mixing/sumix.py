@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
-from hardmix.mixing.choice import RandomChoice, Scheduled
+from hardmix.mixing.choice import mixes_by_plan
 from hardmix.mixing.draw import Pairing
 from hardmix.mixing.gradients import check_model, model_input, undisturbed
 from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs
@@ -61,7 +61,7 @@ class SUMix(Policy):
         if not isinstance(policy, Policy):
             raise TypeError(f"{who}: policy is a {type(policy).__name__}; pass a mixing policy.")
         for member in policy.modules():
-            if isinstance(member, Policy) and type(member).forward not in _PLAIN:
+            if isinstance(member, Policy) and not mixes_by_plan(member):
                 raise ValueError(
                     f"{who}: policy holds {type(member).__name__}, which does more than to plan and blend; pass one "
                     "like CutMix."
@@ -228,10 +228,6 @@ class SUMix(Policy):
         assert self.uncertainty is not None
         outputs = self.uncertainty(features.to(self.uncertainty.weight.dtype))
         return F.normalize(outputs.softmax(1), dim=1)
-
-
-#: Forwards that plan, blend and make the target, or hand over to one that does.
-_PLAIN = (Policy.forward, RandomChoice.forward, Scheduled.forward)
 
 
 class _Batch(NamedTuple):

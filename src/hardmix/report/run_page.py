@@ -184,13 +184,16 @@ def _pseudo_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     x, trusted = plots.thin(run.train, "trusted")
     if not x:
         return []
-    right, of_trusted = plots.thin(run.train, "pseudo_right")[1], plots.thin(run.train, "trusted_right")[1]
+    known, right, trusted_known, of_trusted = (
+        plots.thin(run.train, key)[1] for key in ("pseudo_known", "pseudo_right", "trusted_known", "trusted_right")
+    )
     ends = f"{show('top1', trusted[-1], 1)} of the unlabelled samples are trusted at the end"
     plot = plots.curves([Line(x, trusted, 1)], f"{ends}.", y_label="trusted", percent=True, zero=True, width=WIDE)
     drawn = [(plot, "Share of the unlabelled samples whose pseudo-class counts, as much as it does.")]
-    if not any(right):  # their true classes are not known
+    if not any(known):  # their true classes are not known
         return drawn
-    pairs = [(at, both / share) for at, both, share in zip(x, of_trusted, trusted, strict=True) if share > 0.0]
+    right = [value / max(share, 1e-9) for value, share in zip(right, known, strict=True)]
+    pairs = [(at, both / share) for at, both, share in zip(x, of_trusted, trusted_known, strict=True) if share > 0.0]
     lines = [Line(x, right, 0, quiet=True)]
     alt = f"Right pseudo-classes: {show('top1', right[-1], 1)} of all at the end."
     if pairs:

@@ -40,7 +40,7 @@ METRICS = {
     ),
     "pseudo_top1": Metric(
         "pseudo-class top-1",
-        "share of unlabelled training images, up to 5,000, whose most likely class is the right one at the end",
+        "share of unlabelled training images, up to 5,000, whose most likely class is right; labelled ones don't count",
         percent=True,
     ),
     "mean_top1": Metric("mean top-1", "top-1, mean over all subsets of the modalities that may be there", percent=True),

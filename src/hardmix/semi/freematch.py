@@ -106,7 +106,7 @@ def fairness_entropy(logits: Tensor, mask: Tensor, predicted: Tensor, classes: T
     probs = logits.softmax(1)
     counts = torch.zeros_like(probs).scatter_(1, probs.argmax(1, keepdim=True), mask[:, None]).sum(0)  # (C,)
     seen = counts > 0
-    batch = torch.where(seen, mask @ probs / counts.clamp(min=1.0), 0.0)
+    batch = torch.where(seen, (mask[:, None] * probs).sum(0) / counts.clamp(min=1.0), 0.0)
     batch = batch / batch.sum().clamp(min=tiny)
     wanted = predicted / classes.clamp(min=torch.finfo(classes.dtype).tiny)
     wanted = wanted / wanted.sum()

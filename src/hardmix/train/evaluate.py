@@ -42,7 +42,11 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     overrides = [f"data.path={data_path}"] if data_path else []
     recipe = load_recipe(str(folder / "recipe.toml"), overrides)
     saved = load_checkpoint(folder / "checkpoints", which)
+    if recipe.semi.split and (own := folder / "split.json").is_file():  # the file that it was given may be gone
+        recipe = recipe.model_copy(update={"semi": recipe.semi.model_copy(update={"split": str(own)})})
     task = TASKS[recipe.task](recipe, pretrained=False)
+    if isinstance(task, Classification):
+        task.check_files(folder)
     weights = measured_weights(saved.tensors)
     for name, module in task.modules().items():  # first, since a tokenizer knows best why weights don't fit
         if name in saved.tensors:

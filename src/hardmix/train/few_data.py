@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hardmix.data.catalog import load_images
 from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
@@ -53,6 +56,12 @@ def _own(recipe: Recipe) -> FewLabelData:
     unlabelled, truth = found.unlabelled, found.truth
     assert truth is not None
     if found.validation is None and data.validation:
+        size = found.train.labels.bincount(minlength=len(found.train.class_names))
+        if len(found.train) * data.validation < 1 or int(size.min()) < 2:
+            raise ValueError(
+                f"data.validation={data.validation:g} can't be cut from {len(found.train)} labelled files, of which a "
+                f"class has {int(size.min())}; set data.validation=0, or add a val folder."
+            )
         rows, held = train_validation_split(found.train.labels, data.validation, seed=recipe.seed)
         validation = found.train.subset(held)
         names = {validation.sample_id(i) for i in range(len(held))}
@@ -64,3 +73,30 @@ def _own(recipe: Recipe) -> FewLabelData:
         kept = torch.randperm(len(unlabelled), generator=draws)[: data.train_samples].sort().values
         unlabelled, truth = unlabelled.subset(kept), truth[kept]
     return replace(found, unlabelled=unlabelled, truth=truth)
+
+
+def hidden_truth(few: FewLabelData, split: LabelSplit | None) -> Tensor:
+    """(U,) the unlabelled samples' classes, -1 where they are not known or where training knows them."""
+    if few.truth is None or split is None:  # of a folder, what is known is what is labelled
+        return torch.full((len(few.unlabelled),), -1)
+    return torch.where(torch.isin(split.unlabelled, split.labelled), -1, few.truth)
+
+
+def all_samples(few: FewLabelData, split: LabelSplit | None, include_labelled: bool) -> int:
+    """How many samples there are to train on, each counted once."""
+    if split is not None:
+        return len(torch.cat([split.labelled, split.unlabelled]).unique())
+    return len(few.unlabelled) + (0 if include_labelled else len(few.train))
+
+
+def record_of_files(few: FewLabelData) -> str:
+    """JSON: which files are labelled, as what, and which validate, test, and are not labelled."""
+    parts = {"labelled": few.train, "validation": few.validation, "test": few.test}
+    lines = {
+        name: [[images.sample_id(i), images.class_names[int(images.labels[i])]] for i in range(len(images))]
+        for name, images in parts.items()
+        if images is not None
+    }
+    others = [few.unlabelled.sample_id(i) for i in range(len(few.unlabelled))]
+    digest = hashlib.sha256("\n".join(others).encode()).hexdigest()
+    return json.dumps({**lines, "unlabelled": len(others), "sha256 of the unlabelled": digest}, indent=1) + "\n"

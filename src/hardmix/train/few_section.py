@@ -78,6 +78,10 @@ def check_few(recipe: Recipe) -> None:
     for key in ("labelled", "unlabelled"):
         if getattr(semi, key) and not own:
             raise ValueError(f'semi.{key} is for data.name="folder"; leave it out')
+    if semi.split and recipe.data.train_samples:
+        raise ValueError("semi.split is of a whole set, and data.train_samples takes a part of it; leave one out")
+    if recipe.train.accumulate > 1:
+        raise ValueError("train.accumulate would tear labelled samples from their unlabelled ones; set it to 1")
     algorithm = semi.algorithm.name
     if algorithm == "co-tuning" and not recipe.tune.start:
         raise ValueError('algorithm "co-tuning" keeps the classifier of a pre-trained model; name one with tune.start')
@@ -90,7 +94,7 @@ def check_few(recipe: Recipe) -> None:
     if not tables.takes_pairs(algorithm):
         known = ", ".join(name for name in tables.ALGORITHMS if tables.takes_pairs(name))
         raise ValueError(f'algorithm "{algorithm}" mixes no pairs, so it takes no policy; {known} do')
-    for name in policy_names(recipe.policy.model_dump()):
+    for name in {recipe.policy.name, *policy_names(recipe.policy.model_dump())}:
         if name not in tables.PAIR_POLICIES:
             raise ValueError(
                 f'policy "{name}" can\'t mix a labelled with an unlabelled sample; take one of '

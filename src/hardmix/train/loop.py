@@ -148,6 +148,8 @@ class _Run:
                 "objective.learn_sigma=false, or start it without a launcher."
             )
         self.step, self.seconds = 0, 0.0
+        #: of it, what steps took, reading their samples included: not evaluations, checkpoints and logs
+        self.stepping = 0.0
         self.best, self.best_step = -math.inf, None  # type: float, int | None
         self.validation: dict[str, float] = {}
         # What was measured since the last line of the log; part of a checkpoint, so that resumed lines are the same.
@@ -165,9 +167,11 @@ class _Run:
         started = time.perf_counter() - self.seconds
         told, rate = 0.0, 0.0
         first, since = self.step, time.perf_counter()
+        asked = time.perf_counter()
         for step, index, raw in self._batches():
             values = self._one_step(step, index, raw)
             self.step = step + 1
+            self.stepping += time.perf_counter() - asked
             self.sums = {key: self.sums.get(key, 0.0) + value for key, value in values.items()}
             now = time.perf_counter()
             # A stage has its own losses, so no line of the log is about two.
@@ -188,6 +192,7 @@ class _Run:
                 self._save(started)
                 message = f"stopped at step {self.step}; go on with: hardmix run --resume {self.folder}"
                 raise Interrupted(message, signum)
+            asked = time.perf_counter()
         if self.steps == 0:  # the weights that the run starts from are what it measures
             self._end_of_epoch(started)
 
@@ -217,7 +222,7 @@ class _Run:
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
-                "per_step": round(self.seconds / max(1, self.steps), 6),
+                "per_step": round(self.stepping / max(1, self.steps), 6),
             },
             "memory_mb": _peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -343,7 +348,8 @@ class _Run:
     def _agree(self) -> None:
         """What batch norms track is each process's own; all go on with that of the first, which checkpoints hold."""
         if self.accelerator.num_processes > 1:
-            for module in (self.task.model, *([] if self.ema is None else [self.ema])):
+            beside = self._beside()[0]
+            for module in (self.task.model, *(m for m in (self.ema, beside) if m is not None)):
                 for buffer in module.buffers():
                     buffer.copy_(rows_from_first(buffer))
 
@@ -401,6 +407,7 @@ class _Run:
             "best": None if self.best_step is None else {"step": self.best_step, "score": self.best},
             "validation": self.validation,
             "seconds": self.seconds,
+            "stepping": self.stepping,
             "log": position,
             "sums": {key: value.item() for key, value in self.sums.items()},
             "logged": self.logged,
@@ -421,6 +428,7 @@ class _Run:
             if self.accelerator.is_main_process:
                 mark_best(self.checkpoints, self.best_step, self.best)
         self.validation, self.seconds = state["validation"], state["seconds"]
+        self.stepping = state.get("stepping", self.seconds)  # checkpoints of an older version hold the whole time
         self.sums = {key: torch.tensor(value, device=self.device) for key, value in state["sums"].items()}
         self.logged = state["logged"]
         return state["log"]

@@ -160,9 +160,7 @@ class Recipe(Section):
         if self.tune != (TuneSection(start=self.tune.start) if few else TuneSection()):
             raise ValueError("tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few)
         if few:
-            check_few(self)
-            if self.tune.start:
-                start_recipe(self.tune.start, self.task)
+            check_few(self)  # not that the start is there: a run that has begun does without
         elif self.semi != SemiSection():
             raise ValueError("semi is a section of few-labels recipes; leave it out")
         for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
@@ -181,6 +179,9 @@ class Recipe(Section):
 
     def _check_policy(self, name: str) -> None:
         kind, numbers = self.data.kind, self.data.name in NUMBER_SETS
+        by_gradient = self.policy is not None and tables.BY_GRADIENT in str(self.policy.model_dump())
+        if numbers and name != "manifold-mixup" and (name in tables.NEEDS_MODEL or by_gradient):
+            raise ValueError(f'policy "{name}" looks at a model of classes; it is not for numbers')
         if name in tables.REGRESSION_POLICIES and not numbers:
             raise ValueError(f'policy "{name}" pairs by numbers; it is for regression')
         if kind == "rows" and name not in (*tables.WHOLE_POLICIES, *tables.REGRESSION_POLICIES):

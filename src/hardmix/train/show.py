@@ -14,7 +14,7 @@ from hardmix.data.images import ImageSet
 from hardmix.mixing import Policy
 from hardmix.models.build import build_model
 from hardmix.tables import NEEDS_ATTENTION, POLICIES, REGRESSION_POLICIES, WRAPPERS
-from hardmix.train.components import Component, build_policy
+from hardmix.train.components import Component, build_policy, policy_names
 from hardmix.train.evaluate import load_run
 from hardmix.train.files import write_bytes
 from hardmix.train.recipe import parse_options
@@ -28,7 +28,7 @@ USUAL: dict[str, dict[str, object]] = {
     **{name: {"policy": {"name": "cutmix"}} for name in WRAPPERS},
 }
 #: policies whose labels follow from what the model makes of the mixed images
-BY_LABEL = (*NEEDS_ATTENTION, "sumix")
+BY_LABEL = {*NEEDS_ATTENTION, "sumix"}
 #: samples of each policy on the sheet of all
 ROWS_OF_ALL = 2
 
@@ -111,10 +111,12 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
     from hardmix.report.gallery import caption
 
     x, labels, images = subject.x, subject.labels, subject.images
-    model = subject.model or _untrained(name, x, len(images.class_names))
-    told = {**USUAL.get(name, {}), **options}
+    told = {"name": name, **USUAL.get(name, {}), **options}
+    inside = policy_names(told)
+    model = subject.model or _untrained(inside, x, len(images.class_names))
+    model.train()  # in which policies see it; a run's is a copy of what its checkpoint holds
     torch.manual_seed(seed)  # for what a policy learns
-    policy: Policy = build_policy(Component(name=name, **told), model, tuple(x.shape[1:]))
+    policy: Policy = build_policy(Component(**told), model, tuple(x.shape[1:]))
     own, partner, mask = x, None, None
     try:
         plan = policy.plan(x, labels, generator=generator(seed, "show", 1))
@@ -125,10 +127,10 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
         own = x if plan.own is None else plan.own
         partner = x[plan.partner] if plan.other is None else plan.other
         mask = plan.lam.view(-1, 1, 1, 1) if plan.mask is None else plan.mask
-    if name in BY_LABEL:
+    if BY_LABEL & set(inside):
         mixed, target = policy(x, labels, generator=generator(seed, "show", 1))
         with torch.no_grad():
-            target = policy.relabel(model.train()(mixed), target)
+            target = policy.relabel(model(mixed), target)
     texts = [
         caption(*row, images.class_names) for row in zip(target.labels.tolist(), target.weights.tolist(), strict=True)
     ]
@@ -147,6 +149,6 @@ def _subject(data: str, data_path: str, rows: int, seed: int, run: Path | None) 
     return Subject(split.batch(index).to(torch.float32) / 255.0, split.labels[index], split, model)
 
 
-def _untrained(name: str, x: Tensor, classes: int) -> nn.Module:
-    kind = "tiny-vit" if name in NEEDS_ATTENTION else "small-cnn"
+def _untrained(inside: list[str], x: Tensor, classes: int) -> nn.Module:
+    kind = "tiny-vit" if set(inside) & set(NEEDS_ATTENTION) else "small-cnn"
     return build_model(kind, num_classes=classes, in_channels=x.shape[1], image_size=x.shape[2])

@@ -118,6 +118,9 @@ class Classification:
     def write_files(self, folder: Path) -> None:
         """What the run folder holds besides; nothing."""
 
+    def check_files(self, folder: Path) -> None:
+        """That a run's samples are still those that it began with; they follow from its recipe."""
+
     def load(self, index: Tensor) -> tuple[Tensor, ...]:
         """The raw batch of these training samples, on the CPU."""
         images = self.train_set.batch(index)

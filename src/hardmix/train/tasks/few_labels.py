@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import tables
-from hardmix.data.few_labels import split_text, write_split
+from hardmix.data.few_labels import split_text
 from hardmix.data.views import Augment
 from hardmix.metrics.classification import classification_metrics
 from hardmix.semi import MixedPairs, SemiAlgorithm, SemiBatch
@@ -19,8 +19,9 @@ from hardmix.semi.net import SemiNet
 from hardmix.semi.probabilities import class_mean
 from hardmix.train.components import build_algorithm
 from hardmix.train.errors import RunError
-from hardmix.train.few_data import load_few
+from hardmix.train.few_data import all_samples, hidden_truth, load_few, record_of_files
 from hardmix.train.few_start import source_classes, source_model, start_backbone
+from hardmix.train.files import write_text
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
 from hardmix.train.seeds import derive, generator
@@ -45,12 +46,16 @@ class FewLabels(Classification):
         self.few, self.split = load_few(recipe)
         self.train_set, held = self.few.train, self.few.validation
         self.validation_set = self.train_set.subset(torch.arange(0)) if held is None else held
-        #: the unlabelled samples' classes where these are known, to judge pseudo-classes by; else -1
-        self.truth = torch.full((len(self.few.unlabelled),), -1) if self.few.truth is None else self.few.truth
+        #: the unlabelled samples' classes where these are known and not trained on, to judge pseudo-classes by; else -1
+        self.truth = hidden_truth(self.few, self.split)
+        self.judges = bool((self.truth >= 0).any())
         self.setup(recipe, self.few, pretrained=pretrained)
         backbone = self.network
         if recipe.tune.start and pretrained:
             start_backbone(backbone, recipe)
+            # Not the stream of the model: a start of the same seed was trained with that very classifier.
+            torch.manual_seed(derive(recipe.seed, "head"))
+            find_head("tune.start", backbone).reset_parameters()
         pairs = None
         if self.policy is not None:
             semi = recipe.semi
@@ -117,13 +122,23 @@ class FewLabels(Classification):
         return self.recipe.semi.mu if wanted else 0
 
     def write_files(self, folder: Path) -> None:
-        """The split, as `split.json`; of a run that goes on it must still be the one."""
-        if self.split is None:
-            return
+        """Which samples are labelled, tested and so on, as `split.json`."""
+        self.check_files(folder)
+        write_text(folder / "split.json", self._record())
+
+    def check_files(self, folder: Path) -> None:
+        """That a run's samples are still those that it began with."""
         path = folder / "split.json"
-        if path.is_file() and path.read_text("utf-8") != split_text(self.split):
-            raise RunError(f"{path} is another split than what {self.few.name} gives now; choose another --out.")
-        write_split(self.split, path)
+        if path.is_file() and path.read_text("utf-8") != self._record():
+            raise RunError(
+                f"{path} is another split than what {self.few.name} gives now, so what was trained on might be tested; "
+                "restore the data, or train into another --out."
+            )
+
+    def _record(self) -> str:
+        if self.split is not None:
+            return split_text(self.split)
+        return record_of_files(self.few)
 
     def rates(self) -> dict[nn.Parameter, float]:
         """The classifier's. What an algorithm learns besides, such as a projection, goes at the rate of the rest."""
@@ -184,11 +199,12 @@ class FewLabels(Classification):
         with torch.no_grad():
             logged["accuracy"] = (output.logits.argmax(1) == labels).to(torch.float32).mean()
             if len(output.pseudo):
-                # Where the truth isn't known, nothing counts as right.
-                right = (output.pseudo == truth).to(torch.float32)
                 logged["trusted"] = output.weight.mean()
-                logged["pseudo_right"] = right.mean()
-                logged["trusted_right"] = (right * output.weight).mean()
+                if self.judges:
+                    known, right = (truth >= 0).to(torch.float32), (output.pseudo == truth).to(torch.float32)
+                    for name, values in (("known", known), ("right", right)):
+                        logged[f"pseudo_{name}"] = values.mean()
+                        logged[f"trusted_{name}"] = (values * output.weight).mean()
         return output.loss, logged
 
     def _view(self, augment: Augment, images: Tensor, draws: torch.Generator) -> Tensor:
@@ -207,9 +223,8 @@ class FewLabels(Classification):
     def describe(self) -> dict[str, Any]:
         """The part of summary.json that is known before training."""
         found = super().describe()
-        both = len(self.few.unlabelled) if self.recipe.semi.include_labelled else 0
         counts = {"labelled": len(self.train_set), "unlabelled": len(self.few.unlabelled)}
-        found["data"] |= counts | {"train": both or sum(counts.values())}
+        found["data"] |= counts | {"train": all_samples(self.few, self.split, self.recipe.semi.include_labelled)}
         found["model"]["parameters"] = sum(p.numel() for p in self.network.parameters())
         return found | {
             "objective": " + ".join(self._names()),
