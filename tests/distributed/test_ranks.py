@@ -219,3 +219,26 @@ run_recipe(plan, Path({str(tmp_path / "two")!r}))
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
     assert (tmp_path / "two" / "split.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_learnt_policy_is_the_same_on_two_ranks(tmp_path):
+    launch(
+        tmp_path,
+        f"""
+import os
+from pathlib import Path
+import hardmix.train.loop as loop
+from tests.train.test_policies import recipe
+kept = []
+class Run(loop._Run):
+    def __init__(self, *args):
+        super().__init__(*args)
+        kept.append(self.task.policy)
+loop._Run = Run
+loop.run_recipe(recipe("automix"), Path({str(tmp_path / "run")!r}))
+torch.save(kept[0].state_dict(), Path({str(tmp_path)!r}) / f"policy-{{os.environ['RANK']}}.pt")
+""",
+    )
+    one, two = (torch.load(tmp_path / f"policy-{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())

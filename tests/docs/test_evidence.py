@@ -15,7 +15,7 @@ from hardmix.train.errors import Interrupted
 from train.conftest import tiny
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
-STUDIES = ("decoupled", "supremix", "m2mix")
+STUDIES = ("decoupled", "supremix", "m2mix", "semi")
 MODULES = ("common", "groups", "page", "plots", "run")
 
 

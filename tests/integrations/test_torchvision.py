@@ -256,3 +256,12 @@ def test_its_soft_labels_go_into_the_decoupled_loss():
     mix.generator.manual_seed(9)
     _, dense = mix(x, y)
     assert torch.allclose(DecoupledMixupLoss()(logits, dense), expected, atol=1e-5)
+
+
+def test_policies_that_go_on_after_they_have_mixed_are_refused(v2):
+    from hardmix.models import build_model
+
+    model = build_model("small-cnn", num_classes=4, in_channels=3, image_size=16, width=4)
+    for policy in (mixing.SUMix(model, mixing.CutMix()), mixing.AutoMix(model, input_shape=(3, 16, 16))):
+        with pytest.raises(TypeError, match="done once it has mixed the input"):
+            Mix(policy, num_classes=4)

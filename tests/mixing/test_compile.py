@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hardmix.mixing import AugMix, MixPlan
+from hardmix.mixing import AugMix, MixPlan, Mixup, RandomChoice
 from mixing.cases import POLICIES, constant_rows
 
 
@@ -122,3 +122,16 @@ def test_a_schedule_is_compiled_twice_at_most() -> None:
         assert torch.equal(target.labels[:, 0], target.labels[:, 1]) == (step >= 5)
         assert step < 5 or torch.equal(mixed, x)
     assert counter.graphs <= 2
+
+
+def test_a_compiled_choice_does_not_lose_what_a_policy_does_after_the_draw() -> None:
+    """A choice that can't be compiled is drawn outside of the graph."""
+
+    class Relabels(Mixup):
+        def relabel(self, logits, target):
+            return target._replace(weights=target.weights.flip(1))
+
+    policy = RandomChoice([Relabels()])
+    compiled = torch.compile(lambda x, y: policy(x, y), backend="eager")
+    _, target = compiled(torch.rand(4, 3, 8, 8), torch.arange(4))
+    assert torch.equal(policy.relabel(torch.zeros(4, 4), target).weights, target.weights.flip(1))

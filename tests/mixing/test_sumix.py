@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix.losses import SoftCrossEntropyLoss
-from hardmix.mixing import CutMix, FMix, ManifoldMixup, MixedTarget, Mixup, RandomChoice, Scheduled
+from hardmix.mixing import CutMix, FMix, ManifoldMixup, MixedTarget, Mixup, RandomChoice, Scheduled, SnapMix
 from hardmix.mixing.sumix import SUMix
 from mixing.cases import constant_rows, rng
 
@@ -368,3 +368,9 @@ def test_refusals() -> None:
     twice = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.Unflatten(1, (4, 1)), nn.Linear(1, 1), nn.Flatten())
     with pytest.raises(ValueError, match=r"the classifier got \(5, 4, 1\) and the logits have shape \(5, 4\)"):
         SUMix(twice, CutMix())(x, y)
+
+
+def test_a_policy_whose_weights_are_not_those_of_its_pixels_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(ValueError, match="policy holds SnapMix, which does more than to plan and blend"):
+        SUMix(model, SnapMix(model))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from hardmix import tables
-from hardmix.train.errors import Interrupted
+from hardmix.train.errors import Interrupted, RecipeError
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe, check_recipe
 from hardmix.train.state import load_checkpoint
@@ -117,3 +118,34 @@ def test_parts_of_a_batch_leave_accumulated_gradients_alone() -> None:
     task.policy(task._pixels(batch[0]), batch[1], generator=torch.Generator().manual_seed(1))
     assert all(torch.equal(p.grad, kept[name]) for name, p in task.model.named_parameters())
     assert all(torch.equal(value, statistics[name]) for name, value in task.model.named_buffers())
+
+
+@pytest.mark.parametrize("policy", [*sorted(tables.NEEDS_MODEL - {"manifold-mixup"}), "gradient"])
+def test_numbers_have_no_policy_that_looks_at_classes(policy: str) -> None:
+    says = {"name": policy, **SAYS.get(policy, {})}
+    if policy == "gradient":
+        says = {"name": "saliencymix", "saliency": "input-gradient"}
+    table = {
+        "name": "numbers",
+        "task": "regression",
+        "data": {"name": "pictures", "path": "x"},
+        "model": {"name": "small-cnn"},
+        "objective": {"name": "regression"},
+        "policy": says,
+    }
+    with pytest.raises(RecipeError, match="looks at a model of classes; it is not for numbers"):
+        check_recipe(table, "numbers")
+
+
+def test_the_time_of_a_step_is_not_that_of_evaluations(tmp_path, monkeypatch) -> None:
+    """A slow evaluation changes what a run takes, not what a step takes."""
+    validate = Classification.validate
+
+    def slow(task: Classification, *args: Any) -> dict[str, float]:
+        time.sleep(0.5)
+        return validate(task, *args)
+
+    monkeypatch.setattr(Classification, "validate", slow)
+    seconds = run_recipe(recipe("mixup"), tmp_path / "run")["seconds"]
+    assert seconds["train"] >= 0.5
+    assert seconds["per_step"] * 8 < seconds["train"] - 0.4

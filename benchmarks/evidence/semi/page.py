@@ -139,6 +139,7 @@ def parts() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {name: partial(values, study) for name, study in STUDIES.items()}
     found["matching differences"] = partial(differences, matching)
     found["matching pseudo differences"] = partial(differences, matching, "pseudo_top1")
+    found["matching nll differences"] = partial(differences, matching, "nll")
     if transfer:
         found["transfer differences"] = partial(differences, transfer)
     return found

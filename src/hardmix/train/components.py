@@ -192,11 +192,10 @@ def build_algorithm(component: Component, **given: Any) -> Any:
 
 
 def policy_names(policy: Mapping[str, Any]) -> list[str]:
-    """The names of a policy and of those inside it, combinations left out."""
+    """The names of a policy and of those inside it; combinations, which do nothing themselves, are left out."""
     inside = [policy["policy"]] if "policy" in policy else policy.get("policies", [])
-    if inside:
-        return [name for p in inside if p != "none" for name in policy_names(p)]
-    return [policy["name"]]
+    names = [name for p in inside if p != "none" for name in policy_names(p)]
+    return names + [policy["name"]] * (not inside or policy["name"] in tables.NEEDS_MODEL)
 
 
 def entry(kind: str, name: str, table: Mapping[str, Any]) -> Any:
