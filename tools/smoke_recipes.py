@@ -17,6 +17,7 @@ from hardmix.data.places import installed, usual_places
 from hardmix.models.imagenet import find_weights
 from hardmix.models.towers import MINILM
 from hardmix.train.recipe import Recipe, load_recipe, shipped, start_recipe
+from hardmix.train.start import prepare_start
 
 
 def lacks_weights(recipe: Recipe) -> bool:
@@ -59,6 +60,8 @@ def main() -> int:
             sys.stdout.write(f"skip  {name} (its {lacking} not here)\n")
         else:
             wanted.append(name)
+    for name in wanted:
+        prepare_start(load_recipe(name))  # once, before several of them look for it side by side
     failed = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         for name, problem in zip(wanted, workers.map(partial(smoke, Path(folder)), wanted), strict=True):
