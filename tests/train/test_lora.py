@@ -13,7 +13,8 @@ import torch
 from hardmix.models.lora import add_lora, merged, without_lora
 from hardmix.train.errors import RecipeError
 from hardmix.train.evaluate import evaluate_run
-from hardmix.train.loop import _shares, run_recipe
+from hardmix.train.loop import run_recipe
+from hardmix.train.optimizer import _shares
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.image_text import ImageText
 
@@ -83,7 +84,7 @@ def test_adapters_projections_and_temperature_are_trained(drawings, scratch) -> 
     # Those of a held tower are not made; and lower layers may learn slower.
     task = ImageText(pairs(drawings, tune={"lora": 2, "freeze": ["text", "image_projection"], "layer_decay": 0.5}))
     assert not [name for name in learning(task) if name.startswith(("text.", "image_projection"))]
-    shares = _shares(task.model, 0.5)
+    shares = _shares(task.model, 0.5, {})
     assert len(shares) > 2
     assert sum(map(len, shares.values())) == len(learning(task))
 
