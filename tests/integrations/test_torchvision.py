@@ -263,5 +263,5 @@ def test_policies_that_go_on_after_they_have_mixed_are_refused(v2):
 
     model = build_model("small-cnn", num_classes=4, in_channels=3, image_size=16, width=4)
     for policy in (mixing.SUMix(model, mixing.CutMix()), mixing.AutoMix(model, input_shape=(3, 16, 16))):
-        with pytest.raises(TypeError, match="done once it has mixed the input"):
+        with pytest.raises(TypeError, match="mixes the input and is done then"):
             Mix(policy, num_classes=4)

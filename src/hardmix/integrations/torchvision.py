@@ -60,8 +60,8 @@ class Mix(nn.Module):
         )
         if not inside or not all(map(mixes_by_plan, inside)):
             raise TypeError(
-                f"{who}: policy is a {type(policy).__name__}; pass a hardmix policy that is done once it has mixed the "
-                "input."
+                f"{who}: policy is a {type(policy).__name__}; pass a hardmix policy that mixes the input and is "
+                "done then."
             )
         if not (labels_getter is None or labels_getter == "default" or callable(labels_getter)):
             raise ValueError(f'{who}: labels_getter is {labels_getter!r}; pass "default", None or a function.')
