@@ -23,15 +23,21 @@ VIT = {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch
 
 
 #: threads of the group that are still there when the interpreter ends may abort it
-LEAVE = "from hardmix.distributed import leave\nleave()\n"
+LEAVE = ("from hardmix.distributed import leave", "leave()")
 
 
 def launch(folder: Path, body: str, ranks: int = 2, wait: bool = True) -> subprocess.Popen:
     """Run a Python body on `ranks` processes under torchrun."""
     script = folder / "body.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\ntorch.set_num_threads(1)\n{body}\n{LEAVE}"
-    )
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "import torch",
+        "torch.set_num_threads(1)",
+        body,
+        *LEAVE,
+    ]
+    script.write_text("\n".join(lines) + "\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -23,13 +23,13 @@ SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 16}
     [
         (
             "small-resnt",
-            "build_model: name is 'small-resnt'; pass one of 'small-cnn', 'small-resnet', 'resnet18', 'wide-resnet', 'tiny-vit', "
-            "'mobilenet-v2', 'imagenet-resnet18', 'timm/NAME' (did you mean \"small-resnet\"?).",
+            "build_model: name is 'small-resnt'; pass one of 'small-cnn', 'small-resnet', 'resnet18', 'wide-resnet', "
+            "'tiny-vit', 'mobilenet-v2', 'imagenet-resnet18', 'timm/NAME' (did you mean \"small-resnet\"?).",
         ),
         (
             "qqq",
-            "build_model: name is 'qqq'; pass one of 'small-cnn', 'small-resnet', 'resnet18', 'wide-resnet', 'tiny-vit', "
-            "'mobilenet-v2', 'imagenet-resnet18', 'timm/NAME'.",
+            "build_model: name is 'qqq'; pass one of 'small-cnn', 'small-resnet', 'resnet18', 'wide-resnet', "
+            "'tiny-vit', 'mobilenet-v2', 'imagenet-resnet18', 'timm/NAME'.",
         ),
     ],
 )
