@@ -158,6 +158,11 @@ def test_costs_are_told_in_those_of_plain_mixup() -> None:
     from hardmix.train.compare import cost_base
 
     rows = [("none", "soft-cross-entropy"), ("mixup", "decoupled-mixup"), ("mixup", "soft-cross-entropy")]
-    table = [{"name": f"{policy} {objective}", "policy": policy, "objective": objective} for policy, objective in rows]
+    table = [
+        {"name": f"{policy} {objective}", "policy": policy, "objective": objective, "seconds_per_step": {"mean": 0.1}}
+        for policy, objective in rows
+    ]
     assert cost_base(table)["name"] == "mixup soft-cross-entropy"
     assert cost_base(table[:2])["name"] == "none soft-cross-entropy"
+    untrained = {**table[0], "name": "untrained", "seconds_per_step": {"mean": 0.0}}
+    assert cost_base([untrained, table[1]])["name"] == "mixup decoupled-mixup"

@@ -164,7 +164,8 @@ def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
 def _relative(comparison: Comparison, method: Method) -> str:
     """Time of a step in that of plain Mixup, or of the first method where Mixup is not compared."""
     plain_mixup = [m for m in comparison.methods if m.title == method_title("mixup", "soft-cross-entropy")]
-    base = (plain_mixup or comparison.methods)[0].seconds("per_step")
+    stepped = [m for m in plain_mixup or comparison.methods if m.seconds("per_step")]
+    base = stepped[0].seconds("per_step") if stepped else None
     own = method.seconds("per_step")
     return f"{own / base:.2f}" if own and base else "n/a"
 

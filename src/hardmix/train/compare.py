@@ -172,9 +172,10 @@ def summarise(
 
 
 def cost_base(table: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row whose seconds a step are 1: plain Mixup where it is compared, else the first."""
+    """The row whose seconds a step are 1: plain Mixup where it is compared, else the first that has steps."""
     plain = ("mixup", "soft-cross-entropy")
-    return next((row for row in table if (row["policy"], row["objective"]) == plain), table[0])
+    stepped = [row for row in table if row["seconds_per_step"]["mean"] > 0.0] or table
+    return next((row for row in stepped if (row["policy"], row["objective"]) == plain), stepped[0])
 
 
 def objective_twins(recipes: list[Recipe]) -> list[tuple[Recipe, Recipe]]:
