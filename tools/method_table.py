@@ -132,6 +132,8 @@ REGRESSION_CASES = {
     },
 }
 #: card -> what a row of its table is called -> loss and form in image_text.json; forms not measured have no row
+#: policies that are timed in whole training steps, since they run the model
+STEPPED = (*sorted(tables.NEEDS_MODEL - {"manifold-mixup"}), "guidedmix")
 PAIR_FORMS = {
     "clip": {
         "`ClipLoss`": ("CLIP", "hardmix"),
@@ -433,6 +435,24 @@ def regression_cost(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def step_cost(name: str) -> str:
+    """What a training step with a policy takes, in those of plain Mixup, from the committed result file."""
+    command, result = "`python benchmarks/policies.py`", _result("policies.json")
+    steps = {
+        found["shape"].replace("x", " x "): row["step"]
+        for found in result.get("tables", [])
+        if (row := found["rows"].get(name)) is not None
+    }
+    if not steps:
+        return f"{command} times it; no result is committed yet."
+    model = "vision transformer" if name in tables.NEEDS_ATTENTION else "residual network"
+    told = " and ".join(f"{step:.2f} with {shape} images" for shape, step in steps.items())
+    return (
+        f"Measured by {command} on one thread of a CPU: a training step of a small\n{model}, in that of plain Mixup: "
+        f"{told}.\n"
+    )
+
+
 def pair_cost(name: str) -> str:
     """Milliseconds and megabytes of an objective for pairs from the committed result file."""
     command, result = "`python benchmarks/image_text_loss.py`", _result("image_text.json")
@@ -596,6 +616,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{f"cost of {name}": partial(contrast_cost, name) for name in CONTRAST_FORMS},
     **{f"cost of {name}": partial(regression_cost, name) for name in REGRESSION_CASES},
     **{f"cost of {name}": partial(pair_cost, name) for name in PAIR_FORMS},
+    **{f"cost of {name}": partial(step_cost, name) for name in STEPPED},
 }
 
 if __name__ == "__main__":

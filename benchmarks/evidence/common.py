@@ -129,6 +129,18 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], re.sub(r"[^|]+", "---", lines[0]), *lines[1:]]) + "\n"
 
 
+def values_table(
+    runs: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str], measures: Mapping[str, Measure]
+) -> str:
+    """A row for each method, mean and half the interval over its seeds, for the measures that were taken."""
+    first = next(iter(runs.values()))
+    known = {key: measure for key, measure in measures.items() if key in first}
+    rows = [
+        [titles[m], *(with_half_width(of[key], measure) for key, measure in known.items())] for m, of in runs.items()
+    ]
+    return table(["", *(heading for heading, _, _ in known.values())], rows)
+
+
 def difference(test: PairedTest, measure: Measure, p: float | None) -> str:
     """The mean difference with its interval; bold where chance is unlikely even among so many tests."""
     _, factor, digits = measure

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -857,3 +858,16 @@ def test_places_that_are_not_there(tmp_path: Path) -> None:
             load_few_labels(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"^load_few_labels: labelled is 'labelled', which is neither in"):
         load_few_labels(tmp_path)
+
+
+def test_held_out_folders_are_known_in_any_case_and_there_is_one_of_each(tmp_path: Path) -> None:
+    root = four_folders(tmp_path)
+    (root / "test").rename(root / "TEST")
+    found = load_few_labels(root)
+    held = {found.test.sample_id(i) for i in range(len(found.test))}
+    assert all("TEST" in name for name in held)
+    assert not held & {found.unlabelled.sample_id(i) for i in range(len(found.unlabelled))}
+    for name in ("Val", "validation"):
+        shutil.copytree(root / "TEST", root / name, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"has '\w+' and '\w+', which are both for validation; keep one of them"):
+        load_few_labels(root)

@@ -21,7 +21,7 @@ from groups import AFTER, BASE, TRIED, ZERO_SHOT
 from hardmix.metrics.statistics import PairedTest, paired_test
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Cell, Measure, columns_of_tests, read_rows, table, with_half_width, write_page
+from common import Cell, Measure, columns_of_tests, read_rows, table, values_table, with_half_width, write_page
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
@@ -87,16 +87,6 @@ def read_studies() -> list[Study]:
 STUDIES = read_studies()
 
 
-def values(study: Study, measures: dict[str, Measure]) -> str:
-    """A row for each method, mean and half the interval over its seeds."""
-    known = {key: measure for key, measure in measures.items() if key in study.runs[BASE]}
-    rows = [
-        [TITLES[method], *(with_half_width(runs[key], measure) for key, measure in known.items())]
-        for method, runs in study.runs.items()
-    ]
-    return table(["", *(heading for heading, _, _ in known.values())], rows)
-
-
 def differences(study: Study, measures: dict[str, Measure]) -> str:
     """What each method changes against plain CLIP, a column for each measure, each one family of tests."""
     known = [key for key in measures if key in study.runs[BASE]]
@@ -146,7 +136,7 @@ def parts() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {"settings": settings, "missing": missing}
     for study in STUDIES:
         for name, measures in (("retrieval", RETRIEVAL), ("others", OTHERS)):
-            found[f"{study.name} {name}"] = partial(values, study, measures)
+            found[f"{study.name} {name}"] = partial(values_table, study.runs, TITLES, measures)
             found[f"{study.name} {name} differences"] = partial(differences, study, measures)
     return found
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from hardmix.metrics.statistics import paired_test
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Cell, Measure, columns_of_tests, read_rows, table, with_half_width, write_page
+from common import Cell, Measure, columns_of_tests, read_rows, table, values_table, write_page
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
@@ -106,15 +106,6 @@ def read_studies() -> dict[str, Study]:
 STUDIES = read_studies()
 
 
-def values(study: Study) -> str:
-    """A row for each method, mean and half the interval over its seeds."""
-    rows = [
-        [TITLES[method], *(with_half_width(runs[key], measure) for key, measure in MEASURES.items())]
-        for method, runs in study.runs.items()
-    ]
-    return table(["", *(heading for heading, _, _ in MEASURES.values())], rows)
-
-
 def differences(names: tuple[str, ...], key: str = "top1") -> str:
     """What each claim comes to, a column for each comparison; without those that none of them has."""
     studies = [STUDIES[name] for name in names]
@@ -136,7 +127,9 @@ def _cell(study: Study, method: str, base: str, key: str) -> Cell:
 def parts() -> dict[str, Callable[[], str]]:
     matching = tuple(name for name in SHOWN if name in STUDIES and not name.startswith("transfer"))
     transfer = tuple(name for name in SHOWN if name in STUDIES and name.startswith("transfer"))
-    found: dict[str, Callable[[], str]] = {name: partial(values, study) for name, study in STUDIES.items()}
+    found: dict[str, Callable[[], str]] = {
+        name: partial(values_table, study.runs, TITLES, MEASURES) for name, study in STUDIES.items()
+    }
     found["matching differences"] = partial(differences, matching)
     found["matching pseudo differences"] = partial(differences, matching, "pseudo_top1")
     found["matching nll differences"] = partial(differences, matching, "nll")

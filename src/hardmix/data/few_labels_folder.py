@@ -160,12 +160,21 @@ def load_few_labels(
 
 
 def _held_out(path: Path) -> dict[str, Path]:
-    """Where the test and the validation split are; a validation split alone is for testing."""
+    """Where the test and the validation split are, in any case; a validation split alone is for testing.
+
+    Two folders of one split are refused: the second would be read as unlabelled images.
+    """
     found = {}
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
     for split, spellings in (("test", ("test",)), ("validation", VALIDATION_NAMES)):
-        root = next((path / name for name in spellings if (path / name).is_dir()), None)
-        if root is not None:
-            found[split] = root
+        roots = [folder for folder in folders if folder.name.lower() in spellings]
+        if len(roots) > 1:
+            raise ValueError(
+                f"{WHO}: {shown(path)} has {roots[0].name!r} and {roots[1].name!r}, which are both for {split}; keep "
+                "one of them."
+            )
+        if roots:
+            found[split] = roots[0]
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
     return found
