@@ -703,6 +703,36 @@ def test_labelled_files_that_are_tested_are_refused(tmp_path: Path) -> None:
         load_few_labels(tmp_path / "other", labelled="labels.csv")
 
 
+def test_a_validation_split_is_cut_out_before_files_are_compared(tmp_path: Path) -> None:
+    four_folders(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    whole = load_few_labels(tmp_path, include_labelled=True)
+    data = load_few_labels(tmp_path, include_labelled=True, validation=0.2, seed=1)
+    assert data.validation is not None
+    kept, held = train_validation_split(whole.train.labels, 0.2, seed=1)
+    assert ids(data.train) == [ids(whole.train)[i] for i in kept]
+    assert ids(data.validation) == [ids(whole.train)[i] for i in held]
+    assert ids(data.unlabelled) == ids(data.train) + ids(whole.unlabelled)[15:]
+    assert data.truth.tolist() == data.train.labels.tolist() + [-1] * 9
+    assert (data.mean, data.std) == (whole.mean, whole.std)
+    shutil.copy(ids(data.validation)[0], tmp_path / "unlabelled" / "copy.png")
+    shutil.copy(ids(data.train)[0], tmp_path / "labelled" / "emu" / "copy.png")
+    with pytest.raises(ValueError, match=r"1 of 10 unlabelled files are also in the validation split"):
+        load_few_labels(tmp_path, validation=0.2, seed=1)
+    assert load_few_labels(four_folders(tmp_path / "own"), validation=0.2).validation.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [(0.01, "validation=0.01 can't be cut from 15 labelled files, of which a class has 5"), (1.5, "validation is 1.5")],
+)
+def test_a_validation_split_that_can_not_be_is_refused(tmp_path: Path, validation: float, message: str) -> None:
+    four_folders(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(ValueError, match=message):
+        load_few_labels(tmp_path, validation=validation)
+
+
 def test_one_folder_for_everything_is_refused(tmp_path: Path) -> None:
     four_folders(tmp_path)
     with pytest.raises(ValueError, match=r"15 of 29 unlabelled files are also labelled .* 4 of 29 .* and 1 of 29"):

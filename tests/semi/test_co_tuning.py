@@ -116,6 +116,28 @@ def test_what_is_handed_over_is_copied() -> None:
     assert algorithm.source.weight.any()
 
 
+def test_room_for_weights_of_another_start() -> None:
+    """The parameters stay the ones that an optimizer holds, and saved weights of that size fit."""
+    model = net()
+    wanted, small = (
+        make(model),
+        make(
+            model,
+            source_weight=torch.zeros(2, 8),
+            source_bias=torch.zeros(2),
+            relationship=torch.full((CLASSES, 2), 0.5),
+        ),
+    )
+    held = list(small.parameters())
+    small.make_room(SOURCE)
+    assert all(a is b for a, b in zip(held, small.parameters(), strict=True))
+    assert repr(small.source) == repr(wanted.source)
+    small.double().load_state_dict(wanted.state_dict())
+    assert torch.equal(small(model, draw(views=0)).loss, wanted(model, draw(views=0)).loss)
+    with pytest.raises(ValueError, match="source_classes is 1"):
+        small.make_room(1)
+
+
 def test_it_keeps_what_the_source_classifier_knows() -> None:
     """Trained, g predicts the row of each class; with no relation between the classes it predicts what there is."""
     model, batch = net(), draw(views=0, labelled=12)

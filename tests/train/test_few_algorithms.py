@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
+import tomli_w
 import torch
+from PIL import Image
 
 from hardmix import tables
+from hardmix.data import load_images, train_validation_split
+from hardmix.semi.co_tuning import category_relationship, learned_relationship
 from hardmix.train.errors import Interrupted, RecipeError
 from hardmix.train.evaluate import evaluate_run
+from hardmix.train.few_start import source_model, source_probs, source_relationship
 from hardmix.train.loop import run_recipe
-from hardmix.train.recipe import check_recipe
+from hardmix.train.recipe import check_recipe, load_recipe
+from hardmix.train.seeds import derive
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.few_labels import FewLabels
 
@@ -95,6 +102,132 @@ def test_co_tuning_starts_from_the_classifier_of_the_start(start):
     assert torch.equal(task.algorithm.source.weight, before["head.linear.weight"])
     torch.testing.assert_close(task.algorithm.relationship.sum(1), torch.ones(10))
     assert not torch.equal(task.network.get_submodule("head.linear").weight, before["head.linear.weight"])
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A start of 5 classes whose images, in a folder of their own, are darker than digits."""
+    place = tmp_path_factory.mktemp("other")
+    draws = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in "abcde":
+            (place / "images" / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 40 + 10 * ord(label) % 50, (8, 8, 3), generator=draws)
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(place / "images" / split / label / f"{number}.png")
+    table = {
+        "name": "other",
+        "data": {"name": "folder", "path": str(place / "images"), "image_size": 8, "augment": [], "validation": 0.0},
+        "model": {"name": "small-cnn", "options": {"width": 4}},
+        "train": {"epochs": 1, "batch_size": 20, "warmup_epochs": 0, "threads": 1},
+    }
+    run_recipe(check_recipe(table, "other"), place / "run")
+    return place
+
+
+def co_tuning(start, *, ema=0.0, **semi):
+    return recipe(
+        data={"name": "emoji-groups", "image_size": 8},
+        semi={"algorithm": {"name": "co-tuning", **semi}, "per_class": 4, "steps_per_epoch": 3},
+        tune={"start": str(start)},
+        train={"ema": ema},
+    )
+
+
+def test_the_start_predicts_of_images_that_are_normalised_as_its_own_were(other):
+    task = FewLabels(co_tuning(other / "run"))
+    own = load_images("folder", other / "images", image_size=8)
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (own.mean, own.std))
+    raw = task.train_set.batch(torch.arange(len(task.train_set))).float() / 255
+    source = source_model(task.network, task.recipe, task.train_set.shape).eval()
+    with torch.no_grad():
+        probs = source((raw - mean) / std).softmax(1)
+        wrong = source(task.normalize(raw)).softmax(1)
+    labels = task.train_set.labels
+    torch.testing.assert_close(task.algorithm.relationship, category_relationship(probs, labels, 8))
+    assert not torch.allclose(category_relationship(wrong, labels, 8), task.algorithm.relationship, atol=0.01)
+
+
+def test_a_learned_relationship_holds_labelled_samples_out(other):
+    task = FewLabels(co_tuning(other / "run", relationship="learned"))
+    source = source_model(task.network, task.recipe, task.train_set.shape).eval()
+    probs, labels = source_probs(source, task.recipe, task.train_set), task.train_set.labels
+    rows, held = train_validation_split(labels, 8 / 32, seed=derive(0, "relationship"))
+    assert labels[held].tolist() == list(range(8))
+    want = learned_relationship(probs[rows], labels[rows], probs[held], labels[held], 8)
+    assert torch.equal(task.algorithm.relationship, want)
+    assert not torch.allclose(want, category_relationship(probs, labels, 8))
+    with pytest.raises(ValueError, match=r"holds out a labelled sample of each class, and 'smileys-emotion' has 1;"):
+        source_relationship(task.recipe, probs[::4], task.train_set.subset(torch.tensor([0])))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_co_tuning_is_measured_and_goes_on_without_its_start_and_the_data_of_that(other, ema, tmp_path, monkeypatch):
+    place = tmp_path / "other"
+    shutil.copytree(other / "run", place / "run")
+    text = (place / "run" / "recipe.toml").read_text()
+    (place / "run" / "recipe.toml").write_text(text.replace(str(other), str(place)))
+    with pytest.raises(FileNotFoundError, match=r"whose images \(.*other/images'?\) aren't there, .*; put them back\."):
+        FewLabels(co_tuning(place / "run", ema=ema))
+    shutil.copytree(other / "images", place / "images")
+    plan = co_tuning(place / "run", ema=ema)
+    summary = run_recipe(plan, tmp_path / "whole")
+    after, done = FewLabels.end_step, []
+
+    def stop(task):
+        after(task)
+        done.append(1)
+        if len(done) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FewLabels, "end_step", stop)
+        with pytest.raises(Interrupted):
+            run_recipe(plan, tmp_path / "parts")
+    shutil.rmtree(place)
+    assert evaluate_run(tmp_path / "whole")["test"] == summary["test"]
+    assert run_recipe(plan, tmp_path / "parts", resume=True)["test"] == summary["test"]
+
+
+def test_a_model_that_does_not_fit_its_start_is_told_before_the_start_is_trained(tmp_path, start):
+    """Nothing is trained here at all: the recipe is refused as it is read."""
+    before = tmp_path / "before.toml"
+    before.write_text('[data]\nname = "digits"\n[model]\nname = "small-cnn"\noptions = { width = 4 }\n')
+    chosen = {"semi": {"algorithm": {"name": "bss"}}, "tune": {"start": str(before)}}
+    recipe(**chosen)
+    with pytest.raises(RecipeError, match=r"stem.0.weight is \(4, 1, 3, 3\) there and \(8, 1, 3, 3\) here"):
+        recipe(**chosen, model={"options": {"width": 8}})
+    with pytest.raises(RecipeError, match=r"whose weights don't fit model 'small-resnet'"):
+        recipe(**chosen, model={"name": "small-resnet"})
+    with pytest.raises(RecipeError, match=r"is \(4, 1, 3, 3\) there and \(4, 3, 3, 3\) here"):
+        recipe(**chosen, data={"name": "emoji-groups"})
+    with pytest.raises(RecipeError, match="width"):
+        recipe(**chosen, model={"options": {"width": 0}})
+    with pytest.raises(RecipeError, match=r"head names 'heat.linear', which is no linear layer"):
+        recipe(**{**chosen, "semi": {"algorithm": {"name": "bss", "head": "heat.linear"}}})
+    with pytest.raises(RecipeError, match=r"relationship=learned holds out .* and semi.per_class is 1"):
+        recipe(**{**chosen, "semi": {"algorithm": {"name": "co-tuning", "relationship": "learned"}, "per_class": 1}})
+
+
+def test_a_start_whose_data_are_missing_is_told_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARDMIX_CACHE", str(tmp_path / "cache"))
+    before = {"data": {"name": "folder", "path": str(tmp_path / "gone")}, "model": {"name": "small-cnn"}}
+    (tmp_path / "before.toml").write_text(tomli_w.dumps({"name": "before", **before}))
+    with pytest.raises(FileNotFoundError, match=r"^tune.start is .*before.toml, whose own data are missing \(.*gone"):
+        run_recipe(recipe(tune={"start": str(tmp_path / "before.toml")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_read_again_whatever_its_start_has_become(tmp_path):
+    before = tmp_path / "before.toml"
+    before.write_text('[data]\nname = "digits"\n[model]\nname = "small-cnn"\noptions = { width = 4 }\n')
+    plan = recipe(semi={"algorithm": {"name": "bss"}}, tune={"start": str(before)})
+    (tmp_path / "saved.toml").write_text(plan.to_toml())
+    for text in (before.read_text().replace("4", "8"), "not a recipe"):
+        before.write_text(text)
+        assert load_recipe(str(tmp_path / "saved.toml")) == plan
+    before.unlink()
+    assert load_recipe(str(tmp_path / "saved.toml")) == plan
 
 
 def test_what_an_algorithm_lacks_is_told(start):

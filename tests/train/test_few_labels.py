@@ -94,7 +94,8 @@ def test_a_run_logs_trust_and_writes_its_split(tmp_path):
     assert "FixMatch" in page
     assert "Right pseudo-classes" in page
     # the same split by its file, for another seed
-    again = task_of(seed=7, semi={"per_class": 0, "split": str(folder / "split.json")})
+    split_file = {"per_class": 0, "split": str(folder / "split.json")}
+    again = task_of(seed=7, semi=split_file, data={"validation": 0.0})
     assert torch.equal(again.split.labelled, torch.tensor(split["labelled"]))
 
 
@@ -196,6 +197,27 @@ def test_it_starts_from_a_classifier_without_its_head(tmp_path):
         ({"semi": {"algorithm": {"name": "fixmatch", "threshold": 1.5}}}, "threshold is 1.5"),
         ({"semi": {"algorithm": {"name": "fixmatch", "threshold": 0.0}}}, "above 0 and at most 1"),
         ({"semi": {"algorithm": {"name": "fixmatch", "tau": 0.9}}}, "unknown option"),
+        ({"semi": {"algorithm": {"name": "self-tuning", "dim": 0}}}, "dim is 0"),
+        ({"semi": {"algorithm": {"name": "bss", "k": 0}}}, "k is 0"),
+        ({"semi": {"algorithm": {"name": "bss", "head": 3}}}, "head is 3; name a layer"),
+        ({"semi": {"algorithm": {"name": "co-tuning", "weight": -1.0}}}, "weight is -1.0"),
+        ({"semi": {"algorithm": {"name": "co-tuning", "relationship": "learnt"}}}, "there are direct, learned"),
+        ({"semi": {"algorithm": {"name": "bss", "relationship": "direct"}}}, "unknown option"),
+        ({"tune": {"start": "few-transfer-start"}, "train": {"epochs": 0}}, "it would measure chance"),
+        ({"semi": {"pair_weight": 1.0}}, "semi.pair_weight is of mixed pairs, and nothing is mixed"),
+        ({"semi": {"pair_ramp": 0.5}}, "semi.pair_ramp is of mixed pairs"),
+        ({"semi": {"pair_share": "any"}}, "semi.pair_share is of mixed pairs"),
+        ({"semi": {"pair_confident": True}}, "semi.pair_confident is of mixed pairs"),
+        ({"semi": {"algorithm": {"name": "mixmatch", "threshold": 0.8}}}, "threshold of .mixmatch. is of mixed pairs"),
+        ({"semi": {"strong": ["cutout"], "algorithm": {"name": "mixmatch"}}}, "of which .mixmatch. takes none"),
+        ({"semi": {"strong": ["cutout"], "algorithm": {"name": "supervised"}}}, "of which .supervised. takes none"),
+        ({"semi": {"strong": ["cutout"], "algorithm": {"name": "self-tuning"}}}, "of which .self-tuning. takes none"),
+        ({"semi": {"allow_overlap": True}}, 'semi.allow_overlap is for data.name="folder"'),
+        ({"semi": {"per_class": 0, "split": "x.json"}}, "so data.validation=0.1 changes nothing"),
+        (
+            {"semi": {"per_class": 0, "split": "x.json", "include_labelled": True}, "data": {"validation": 0.0}},
+            "leave semi.include_labelled out",
+        ),
         ({"policy": {"name": "saliencymix"}}, "can't mix a labelled with an unlabelled sample"),
         ({"objective": {"name": "decoupled-mixup"}}, "nothing is mixed; add a policy"),
         ({"policy": {"name": "mixup"}, "objective": {"name": "soft-bce"}}, "is not one of pairs"),
@@ -210,6 +232,35 @@ def test_it_starts_from_a_classifier_without_its_head(tmp_path):
 def test_what_does_not_fit_is_told(sections, words):
     with pytest.raises(RecipeError, match=words.replace("(", r"\(")):
         recipe(**sections)
+
+
+def test_what_has_an_effect_may_be_set():
+    """The other side of the refusals above; and mu always, for recipes that are compared share it."""
+    recipe(semi={"pair_ramp": 0.5, "pair_share": "any"}, policy={"name": "mixup"})
+    recipe(semi={"algorithm": {"name": "mixmatch", "threshold": 0.8}}, policy={"name": "mixup"})
+    recipe(semi={"algorithm": {"name": "self-tuning", "view": "strong"}, "strong": ["cutout"]})
+    recipe(semi={"algorithm": {"name": "supervised"}, "mu": 7})
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"semi": {"algorithm": {"name": "supervised"}}},
+        {"semi": {"per_class": 0, "split": "x.json"}, "data": {"validation": 0.0}},
+    ],
+)
+def test_a_recipe_that_was_saved_with_its_run_is_read_again(sections, tmp_path):
+    """It has every default written out, those too that a person is told to leave out."""
+    plan = recipe(**sections)
+    (tmp_path / "recipe.toml").write_text(plan.to_toml())
+    assert load_recipe(str(tmp_path / "recipe.toml")) == plan
+
+
+def test_a_recipe_is_read_without_a_draw():
+    before = torch.get_rng_state()
+    recipe(semi={"algorithm": {"name": "remixmatch"}})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_pseudo_classes_are_judged_by_samples_that_are_not_trained_on():
@@ -242,7 +293,8 @@ def test_a_run_is_measured_without_the_split_file_that_it_was_given(tmp_path):
     run_recipe(recipe(), tmp_path / "first")
     given = tmp_path / "given.json"
     shutil.copy(tmp_path / "first" / "split.json", given)
-    summary = run_recipe(recipe(semi={"per_class": 0, "split": str(given)}), tmp_path / "second")
+    plan = recipe(semi={"per_class": 0, "split": str(given)}, data={"validation": 0.0})
+    summary = run_recipe(plan, tmp_path / "second")
     given.unlink()
     assert evaluate_run(tmp_path / "second")["test"] == summary["test"]
 
@@ -250,7 +302,7 @@ def test_a_run_is_measured_without_the_split_file_that_it_was_given(tmp_path):
 def test_too_few_files_for_validation_are_told(own_folder):
     plan = own(own_folder)
     data = plan.data.model_copy(update={"validation": 0.01})
-    with pytest.raises(ValueError, match=r"data.validation=0.01 can't be cut from 19 labelled files"):
+    with pytest.raises(ValueError, match=r"validation=0.01 can't be cut from 19 labelled files, of which a class"):
         FewLabels(plan.model_copy(update={"data": data}))
 
 
@@ -309,6 +361,18 @@ def test_a_table_that_has_grown_is_told_before_what_was_trained_is_tested(own_fo
         table.writelines(f"photos/{number}.png,{'dark' if number % 2 else 'light'}\n" for number in range(30, 50))
     with pytest.raises(RunError, match="so what was trained on might be tested"):
         evaluate_run(tmp_path / "run")
+
+
+def test_a_validation_file_that_is_also_unlabelled_is_counted(own_folder, tmp_path):
+    held = FewLabels(own(own_folder)).validation_set
+    folder = tmp_path / "copy"
+    shutil.copytree(own_folder, folder)
+    shutil.copy(folder / "photos" / os.path.basename(held.sample_id(0)), folder / "photos" / "copy.png")
+    with pytest.raises(ValueError, match="1 of 41 unlabelled files are also in the validation split"):
+        FewLabels(own(folder))
+    found = FewLabels(own(folder, allow_overlap=True))
+    assert len(found.few.overlap) == 1
+    assert found.few.mean == FewLabels(own(folder, allow_overlap=True, include_labelled=False)).few.mean
 
 
 def test_files_for_validation_and_testing_are_not_among_the_unlabelled(own_folder):

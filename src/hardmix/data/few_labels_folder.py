@@ -57,6 +57,8 @@ def load_few_labels(
     on_error: str = "raise",
     allow_overlap: bool = False,
     include_labelled: bool = False,
+    validation: float = 0.0,
+    seed: int = 0,
 ) -> FewLabelData:
     """Read a folder in which few images are labelled, and a test split from `path/test/CLASS/...`.
 
@@ -80,20 +82,25 @@ def load_few_labels(
         allow_overlap: don't stop where unlabelled files are the same, byte by byte, as labelled, test or validation
             files, or labelled files as test or validation files; it is recorded in `overlap`.
         include_labelled: count the labelled images as unlabelled, too, before the others.
+        validation: without `path/val`, the share of the labelled images, those for testing taken off, that is the
+            validation split, see `train_validation_split`; 0 for none.
+        seed: which ones.
 
     Returns:
-        `train` holds the labelled images. Mean and deviation are those of labelled and unlabelled images together.
+        `train` holds the labelled images. Mean and deviation are those of labelled and unlabelled images together, with
+        those that `validation` cuts out.
 
     Raises:
         FileNotFoundError: no such folder or list.
         ValueError: a class without labelled files, fewer than two classes, nothing unlabelled, too few files for a test
-            split, unreadable files, the same files in two splits; a list that is damaged or empty, names files that
-            aren't there or lead out of the folder, or names one with two classes.
+            or a validation split, unreadable files, the same files in two splits; a list that is damaged or empty,
+            names files that aren't there or lead out of the folder, or names one with two classes.
     """
     if image_size is not None:
         _check.integer(WHO, "image_size", image_size, 1)
     check_channels(WHO, channels)
     _check.choice(WHO, "on_error", on_error, ("raise", "skip"))
+    _check.between(WHO, "validation", validation, 0.0, 1.0)
     path = Path(path).expanduser()
     if not path.is_dir():
         kind = "a file" if path.exists() else "not there"
@@ -132,6 +139,10 @@ def load_few_labels(
     if "test" not in sets:
         kept, tested = _cut_test(path, both.labels[kept], names)
         sets["test"] = both.subset(tested)
+    measured = both.subset(torch.cat([kept, rest]))
+    if validation and "validation" not in sets:
+        kept, held = _cut_validation(both.labels[kept], kept, validation, seed)
+        sets["validation"] = both.subset(held)
     data = both.subset(kept)
     parts = {"unlabelled": pool, "train": data.paths} | {split: images.paths for split, images in sets.items()}
     overlap = _overlap(parts)
@@ -139,8 +150,8 @@ def load_few_labels(
         raise ValueError(
             f"{WHO}: {' and '.join(overlap)}, byte by byte; leave them in one place, or pass allow_overlap=True."
         )
+    mean, std = channel_statistics(measured, samples=STATISTICS_SAMPLES)
     seen, truth = torch.cat([kept, rest]), torch.cat([data.labels, torch.full_like(rest, -1)])
-    mean, std = channel_statistics(both.subset(seen), samples=STATISTICS_SAMPLES)
     if not include_labelled:
         seen, truth = rest, truth[len(kept) :]
     return FewLabelData(
@@ -361,6 +372,18 @@ def _cut_test(path: Path, labels: Tensor, names: Sequence[str]) -> tuple[Tensor,
         )
     samples = max(round(TEST_FRACTION * len(labels)), len(names))
     return train_validation_split(labels, samples / len(labels), seed=TEST_SEED)
+
+
+def _cut_validation(labels: Tensor, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """`rows`, of these labels, for training and for validation."""
+    size = labels.bincount()
+    if len(rows) * share < 1 or int(size.min()) < 2:
+        raise ValueError(
+            f"{WHO}: validation={share:g} can't be cut from {len(rows)} labelled files, of which a class has "
+            f"{int(size.min())}; set it to 0, or add a val folder."
+        )
+    train, held = train_validation_split(labels, share, seed=seed)
+    return rows[train], rows[held]
 
 
 def _overlap(parts: dict[str, list[Path]]) -> list[str]:

@@ -220,6 +220,15 @@ class CoTuning(FineTuning):
         #: (C_t, C_s) p(source class | target class)
         self.register_buffer("relationship", rows.detach().to(target.weight.device, wide(rows.dtype), copy=True))
 
+    def make_room(self, source_classes: int) -> None:
+        """Zeros of another C_s, for weights that are loaded afterwards; the parameters stay the same objects, so that
+        an optimizer made before goes on with them."""
+        count = _check.integer(type(self).__name__, "source_classes", source_classes, 2)
+        for parameter in self.source.parameters():
+            parameter.data = parameter.new_zeros(count, *parameter.shape[1:])
+        self.source.out_features = count
+        self.relationship = self.relationship.new_full((len(self.relationship), count), 1.0 / count)
+
     def extra_repr(self) -> str:
         return f"weight={self.weight:g}, {super().extra_repr()}"
 

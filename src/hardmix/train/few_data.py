@@ -12,7 +12,7 @@ from torch import Tensor
 from hardmix.data.catalog import load_images
 from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
 from hardmix.data.few_labels_folder import load_few_labels
-from hardmix.data.splits import stratified_subset, train_validation_split
+from hardmix.data.splits import stratified_subset
 from hardmix.train.recipe import Recipe
 
 
@@ -41,8 +41,7 @@ def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
 
 
 def _own(recipe: Recipe) -> FewLabelData:
-    """The user's files; where they have no validation folder, `data.validation` of the labelled ones are kept, and do
-    not count among the unlabelled."""
+    """The user's files; where they have no validation folder, `data.validation` of the labelled ones are kept."""
     data, semi = recipe.data, recipe.semi
     found = load_few_labels(
         data.path,
@@ -52,22 +51,10 @@ def _own(recipe: Recipe) -> FewLabelData:
         on_error=data.on_error,
         allow_overlap=semi.allow_overlap,
         include_labelled=semi.include_labelled,
+        validation=data.validation,
+        seed=recipe.seed,
     )
     unlabelled, truth = found.unlabelled, found.truth
-    assert truth is not None
-    if found.validation is None and data.validation:
-        size = found.train.labels.bincount(minlength=len(found.train.class_names))
-        if len(found.train) * data.validation < 1 or int(size.min()) < 2:
-            raise ValueError(
-                f"data.validation={data.validation:g} can't be cut from {len(found.train)} labelled files, of which a "
-                f"class has {int(size.min())}; set data.validation=0, or add a val folder."
-            )
-        rows, held = train_validation_split(found.train.labels, data.validation, seed=recipe.seed)
-        validation = found.train.subset(held)
-        names = {validation.sample_id(i) for i in range(len(held))}
-        kept = torch.tensor([i for i in range(len(unlabelled)) if unlabelled.sample_id(i) not in names])
-        unlabelled, truth = unlabelled.subset(kept), truth[kept]
-        found = replace(found, train=found.train.subset(rows), validation=validation)
     if data.train_samples and data.train_samples < len(unlabelled):
         draws = torch.Generator().manual_seed(recipe.seed)
         kept = torch.randperm(len(unlabelled), generator=draws)[: data.train_samples].sort().values

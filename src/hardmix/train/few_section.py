@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+import torch
+from pydantic import Field, field_validator
+from torch import nn
 
 from hardmix import tables
 from hardmix.data.kind_views import VIEWS
-from hardmix.train.components import Component, check_algorithm, check_name, policy_names
+from hardmix.semi import SemiAlgorithm
+from hardmix.train.components import Component, build_algorithm, check_algorithm, check_name, policy_names
 from hardmix.train.sections import Float, Section
 
 if TYPE_CHECKING:
     from hardmix.train.recipe import Recipe
+
+#: how Co-Tuning finds which classes of the start a class is like, its option `relationship`
+RELATIONSHIPS = ("direct", "learned")
+#: algorithms whose option `threshold` is for mixed pairs alone
+PAIR_THRESHOLDS = ("mixmatch", "fine-tuning", "co-tuning", "self-tuning")
+PAIR_KEYS = ("pair_weight", "pair_ramp", "pair_share", "pair_confident")
 
 
 class SemiSection(Section):
@@ -53,12 +62,41 @@ class SemiSection(Section):
 
     @field_validator("algorithm", mode="after")
     @classmethod
-    def _known(cls, value: Component, info: ValidationInfo) -> Component:
+    def _known(cls, value: Component) -> Component:
+        if value.name == "co-tuning":
+            check_name("relationship", value.options.get("relationship", RELATIONSHIPS[0]), RELATIONSHIPS)
         try:
-            check_algorithm(value)
+            check_algorithm(own_options(value))
+            if not isinstance(value.options.get("head", ""), str):
+                raise TypeError(f"head is {value.options['head']!r}; name a layer of the model")
+            small_one(value)
         except TypeError as error:
             raise ValueError(str(error)) from None
         return value
+
+
+def own_options(algorithm: Component) -> Component:
+    """An algorithm with what its class takes: the task looks at Co-Tuning's `relationship`, and hands over a matrix."""
+    told = algorithm.name == "co-tuning"
+    options = {key: value for key, value in algorithm.options.items() if not (told and key == "relationship")}
+    return Component(name=algorithm.name, **options)
+
+
+def small_one(algorithm: Component) -> SemiAlgorithm:
+    """An algorithm with its settings, without pairs, for two classes and a model without storage."""
+    options = {key: value for key, value in own_options(algorithm).options.items() if key != "head"}
+    with torch.random.fork_rng(devices=[]):  # to read a recipe draws nothing
+        built: SemiAlgorithm = build_algorithm(
+            Component(name=algorithm.name, **options),
+            model=nn.Linear(1, 2, device="meta"),
+            num_classes=2,
+            num_unlabelled=1,
+            class_share=torch.full((2,), 0.5),
+            steps=1,
+            source_weight=torch.zeros(2, 1),
+            relationship=torch.full((2, 2), 0.5),
+        )
+    return built
 
 
 def check_few(recipe: Recipe) -> None:
@@ -85,6 +123,54 @@ def check_few(recipe: Recipe) -> None:
     algorithm = semi.algorithm.name
     if algorithm == "co-tuning" and not recipe.tune.start:
         raise ValueError('algorithm "co-tuning" keeps the classifier of a pre-trained model; name one with tune.start')
+    if semi.algorithm.options.get("relationship") == "learned" and semi.per_class == 1:
+        raise ValueError(
+            "semi.algorithm.relationship=learned holds out a labelled sample of each class, and semi.per_class is 1; "
+            "label two or more, or take relationship=direct"
+        )
+    if recipe.train.epochs == 0:
+        raise ValueError(
+            "train.epochs is 0, and the classifier starts at random, so it would measure chance; set 1 or more"
+        )
+    _check_pairs(recipe)
+    # A recipe that was saved with its run has every default written out, those that a person leaves one out of too.
+    if not semi.model_fields_set >= {"per_class", "share", "split", "labelled"}:
+        from hardmix.train.few_start import check_start  # it reads recipes
+
+        _check_effects(recipe)
+        check_start(recipe)
+
+
+def _check_effects(recipe: Recipe) -> None:
+    """Nothing is set that changes nothing. `mu` may be, since the recipes of a comparison share it."""
+    semi, said = recipe.semi, recipe.semi.model_fields_set
+    algorithm = semi.algorithm
+    if semi.allow_overlap and recipe.data.name != "folder":
+        raise ValueError('semi.allow_overlap is for data.name="folder"; leave it out')
+    if recipe.policy is None:
+        for key in PAIR_KEYS:
+            if key in said:
+                raise ValueError(f"semi.{key} is of mixed pairs, and nothing is mixed; leave it out, or add a policy")
+        if algorithm.name in PAIR_THRESHOLDS and "threshold" in algorithm.options:
+            raise ValueError(
+                f'semi.algorithm.threshold of "{algorithm.name}" is of mixed pairs, and nothing is mixed; leave it '
+                "out, or add a policy"
+            )
+    if "strong" in said and "strong" not in small_one(algorithm).views:
+        raise ValueError(f'semi.strong makes strong views, of which "{algorithm.name}" takes none; leave it out')
+    if semi.split:
+        if "include_labelled" in said:
+            raise ValueError("semi.split says which samples are unlabelled; leave semi.include_labelled out")
+        if "validation" in recipe.data.model_fields_set and recipe.data.validation:
+            raise ValueError(
+                f"semi.split says which samples are for validation, so data.validation={recipe.data.validation:g} "
+                "changes nothing; leave it out, or set it to 0"
+            )
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """A policy and an objective that go with the algorithm, or neither."""
+    algorithm = recipe.semi.algorithm.name
     if recipe.policy is None:
         if recipe.objective.name != "soft-cross-entropy" or recipe.objective.options:
             raise ValueError(

@@ -60,6 +60,11 @@ def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | N
     except Interrupted as stopped:
         message = f"stopped while training {start}, which tune.start names; the same command goes on."
         raise Interrupted(message, stopped.signum) from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"tune.start is {start}, whose own data are missing ({str(error).rstrip('.')}); where they lie elsewhere, "
+            "set data.path in a copy of that recipe and let tune.start name the copy."
+        ) from None
     except ValueError as error:
         raise ValueError(f"tune.start is {start}, which can't be trained as it is: {error}") from None
     finally:

@@ -13,14 +13,22 @@ from hardmix.data.few_labels import split_text
 from hardmix.data.views import Augment
 from hardmix.metrics.classification import classification_metrics
 from hardmix.semi import MixedPairs, SemiAlgorithm, SemiBatch
-from hardmix.semi.co_tuning import category_relationship
+from hardmix.semi.co_tuning import CoTuning
 from hardmix.semi.features import find_head
 from hardmix.semi.net import SemiNet
 from hardmix.semi.probabilities import class_mean
 from hardmix.train.components import build_algorithm
 from hardmix.train.errors import RunError
 from hardmix.train.few_data import all_samples, hidden_truth, load_few, record_of_files
-from hardmix.train.few_start import source_classes, source_model, start_backbone
+from hardmix.train.few_section import own_options
+from hardmix.train.few_start import (
+    saved_classes,
+    source_classes,
+    source_model,
+    source_probs,
+    source_relationship,
+    start_backbone,
+)
 from hardmix.train.files import write_text
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
@@ -71,7 +79,7 @@ class FewLabels(Classification):
         torch.manual_seed(derive(recipe.seed, "algorithm"))
         classes = len(self.train_set.class_names)
         self.algorithm: SemiAlgorithm = build_algorithm(
-            recipe.semi.algorithm,
+            own_options(recipe.semi.algorithm),
             model=backbone,
             num_classes=classes,
             num_unlabelled=len(self.few.unlabelled),
@@ -85,25 +93,25 @@ class FewLabels(Classification):
         self.orders: tuple[Tensor, Tensor] | None = None
 
     def _source(self, pretrained: bool) -> dict[str, Tensor]:
-        """The classifier of the start, and what it predicts of each class here; of weights that are loaded afterwards
-        the sizes alone."""
+        """The classifier of the start, and what it predicts of each class here; for weights that are loaded afterwards
+        room alone."""
         classes = len(self.train_set.class_names)
         own = find_head("co-tuning", self.network)
         if not pretrained:
-            count = source_classes(self.recipe)
+            count = source_classes(self.network, self.recipe)
             weight, bias = torch.zeros(count, own.in_features), torch.zeros(count)
             return {
                 "source_weight": weight,
                 "source_bias": bias,
                 "relationship": torch.full((classes, count), 1.0 / count),
             }
-        source = source_model(self.network, self.recipe, self.train_set.shape)
-        probs = self.predict(source.eval(), self.train_set, torch.device("cpu"))
+        source = source_model(self.network, self.recipe, self.train_set.shape).eval()
+        probs = source_probs(source, self.recipe, self.train_set)
         head = find_head("co-tuning", source)
         return {
             "source_weight": head.weight.detach(),
             "source_bias": head.bias.detach(),
-            "relationship": category_relationship(probs, self.train_set.labels, classes),
+            "relationship": source_relationship(self.recipe, probs, self.train_set),
         }
 
     def _steps_per_epoch(self) -> int:
@@ -127,13 +135,18 @@ class FewLabels(Classification):
         write_text(folder / "split.json", self._record())
 
     def check_files(self, folder: Path) -> None:
-        """That a run's samples are still those that it began with."""
+        """That a run's samples are still those that it began with; and room for what it has saved, where its start is
+        gone, which alone says how much that is."""
         path = folder / "split.json"
         if path.is_file() and path.read_text("utf-8") != self._record():
             raise RunError(
                 f"{path} is another split than what {self.few.name} gives now, so what was trained on might be tested; "
                 "restore the data, or train into another --out."
             )
+        if isinstance(self.algorithm, CoTuning):
+            count = saved_classes(folder)
+            if count and count != self.algorithm.source.out_features:
+                self.algorithm.make_room(count)
 
     def _record(self) -> str:
         if self.split is not None:
