@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import re
 import sys
 import time
@@ -12,11 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hardmix.metrics.statistics import PairedTest, holm, mean_interval
 from hardmix.train.compare import compare, default_workers, plan_jobs
 from hardmix.train.errors import Interrupted
 from hardmix.train.loop import read_summary
 from hardmix.train.recipe import Recipe
+from hardmix.train.robustness import FILE as ROBUSTNESS
+from hardmix.train.robustness import robustness_of_run
 from hardmix.train.tasks import TASKS
 
 #: a table of a page, between `<!-- evidence: NAME -->` and `<!-- end -->`
@@ -48,15 +53,42 @@ def progress_line(total: int) -> Callable[[str], Callable[[int, dict[str, Any]],
     return named
 
 
-def finished_runs(recipes: list[Recipe], seeds: list[int], out: Path) -> tuple[list[int], Runs]:
-    """The seeds that every recipe has finished, and the summaries of those runs."""
+def finished_runs(
+    recipes: list[Recipe], seeds: list[int], out: Path, headline: Sequence[str] = ()
+) -> tuple[list[int], Runs]:
+    """The seeds that every recipe has finished, and the summaries of those runs, what `headline` names among the
+    measures of the test split. With a headline a run counts when its robustness was measured too."""
     jobs = {(job.recipe.name, job.recipe.seed): job.folder for job in plan_jobs(recipes, seeds, out)}
-    finished = [s for s in seeds if all((jobs[r.name, s] / "summary.json").is_file() for r in recipes)]
-    return finished, {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
+    last = ROBUSTNESS if headline else "summary.json"
+    finished = [s for s in seeds if all((jobs[r.name, s] / last).is_file() for r in recipes)]
+    runs = {(r.name, s): read_summary(jobs[r.name, s]) for r in recipes for s in finished}
+    if headline:
+        for key, run in runs.items():
+            measured = json.loads((jobs[key] / ROBUSTNESS).read_text("utf-8"))["headline"]
+            run["test"] |= {measure: measured[measure] for measure in headline}
+    return finished, runs
+
+
+def measure_robustness(folders: Sequence[Path], workers: int) -> None:
+    """robustness.json of every run that has none, `workers` runs at a time."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for number, _ in enumerate(pool.imap_unordered(_measure, folders), 1):
+            print(f"\rrobustness: {number} of {len(folders)} runs    ", end="", file=sys.stderr, flush=True)
+
+
+def _measure(folder: Path) -> None:
+    torch.set_num_threads(1)
+    robustness_of_run(folder, keep=True)
 
 
 def run_groups(
-    chosen: Mapping[str, list[Recipe]], here: Path, out: Path, seeds: list[int], jobs: int, command: str
+    chosen: Mapping[str, list[Recipe]],
+    here: Path,
+    out: Path,
+    seeds: list[int],
+    jobs: int,
+    command: str,
+    headline: Sequence[str] = (),
 ) -> int:
     """Train the comparisons one after another and write what they gave, also of one that is stopped.
 
@@ -66,6 +98,7 @@ def run_groups(
         out: where the runs go; finished ones are kept, broken ones resumed.
         jobs: runs side by side; 0: one per core, or one on a GPU.
         command: what is typed, to which the comparison is added.
+        headline: measures of robustness.json that each run is asked for afterwards.
     Returns:
         What the process ends with.
     """
@@ -76,9 +109,11 @@ def run_groups(
         workers = jobs or default_workers(len(recipes) * len(seeds))
         try:
             compare(recipes, seeds, out / name, workers=workers, command=typed, title=name, watch=watch(name))
+            if headline:
+                measure_robustness([job.folder for job in plan_jobs(recipes, seeds, out / name)], workers)
         except Interrupted as error:
             stopped = error
-        write_results(here / "results", name, recipes, seeds, out, typed)
+        write_results(here / "results", name, recipes, seeds, out, typed, headline)
         if stopped is not None:
             print(f"\n{stopped}", file=sys.stderr)
             return 128 + stopped.signum
@@ -86,15 +121,23 @@ def run_groups(
     return 0
 
 
-def write_results(folder: Path, name: str, recipes: list[Recipe], seeds: list[int], out: Path, command: str) -> None:
+def write_results(
+    folder: Path,
+    name: str,
+    recipes: list[Recipe],
+    seeds: list[int],
+    out: Path,
+    command: str,
+    headline: Sequence[str] = (),
+) -> None:
     """One row for each run of the seeds that every method has finished, and how they came about."""
-    finished, runs = finished_runs(recipes, seeds, out / name)
+    finished, runs = finished_runs(recipes, seeds, out / name, headline)
     if not finished:
         return
     folder.mkdir(exist_ok=True)
     first = runs[recipes[0].name, finished[0]]
     known = [m for m in TASKS[recipes[0].task].metrics if all(m in run["test"] for run in runs.values())]
-    write_rows(folder / f"{name}.csv", runs, known)
+    write_rows(folder / f"{name}.csv", runs, [*known, *headline])
     about = {"command": command, "seeds": finished, "versions": first["versions"], "device": first["device"]}
     counts = [key for key in ("name", "train", "labelled", "unlabelled", "test") if key in first["data"]]
     about |= {"data": {key: first["data"][key] for key in counts}, "model": first["model"]}
@@ -144,8 +187,9 @@ def values_table(
 def difference(test: PairedTest, measure: Measure, p: float | None) -> str:
     """The mean difference with its interval; bold where chance is unlikely even among so many tests."""
     _, factor, digits = measure
-    low, high = (factor * v for v in (test.low or 0.0, test.high or 0.0))
-    text = f"{factor * test.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    text = f"{factor * test.difference:+.{digits}f}"
+    if test.low is not None and test.high is not None:
+        text += f" [{factor * test.low:+.{digits}f}, {factor * test.high:+.{digits}f}]"
     return f"**{text}**" if p is not None and p < 0.05 else text
 
 

@@ -1,9 +1,9 @@
 """What is trained: the recipes of each comparison, and which comparisons a budget pays for.
 
 Each seed draws other labelled samples. All methods of a comparison have the same steps, batches, learning rate and
-views; nothing was tuned. Pairs are those of the paper: a labelled sample with the small share, mixed with an unlabelled
-one, and Decoupled Mixup of the labelled class alone (asymmetric). Beside it stands plain mixing of the same pairs, so
-that the two differ in the loss alone.
+views; nothing was tuned but MixMatch's weight on CIFAR-10, see below. Pairs are those of the paper: a labelled sample
+with the small share, mixed with an unlabelled one, and Decoupled Mixup of the labelled class alone (asymmetric). Beside
+it stands plain mixing of the same pairs, so that the two differ in the loss alone.
 """
 
 from __future__ import annotations
@@ -55,13 +55,20 @@ def of_algorithm(name: str, **options: Any) -> Methods:
     return {key: with_algorithm(name, parts, **options) for key, parts in pairs.items()}
 
 
-MATCHING: Methods = {
-    "supervised": with_algorithm("supervised", {}),
-    **of_algorithm("fixmatch", **MATCH),
-    **of_algorithm("flexmatch", **MATCH),
-    "mixmatch": with_algorithm("mixmatch", {}, ramp=0.4),
-    "mixmatch-dm": with_algorithm("mixmatch", mixed(DM), ramp=0.4),
-}
+def match_methods(**mixmatch: Any) -> Methods:
+    return {
+        "supervised": with_algorithm("supervised", {}),
+        **of_algorithm("fixmatch", **MATCH),
+        **of_algorithm("flexmatch", **MATCH),
+        "mixmatch": with_algorithm("mixmatch", {}, ramp=0.4, **mixmatch),
+        "mixmatch-dm": with_algorithm("mixmatch", mixed(DM), ramp=0.4, **mixmatch),
+    }
+
+
+MATCHING = match_methods()
+#: With the paper's 75 the guesses of this network collapse on CIFAR-10 within 400 of its 2,000 steps, and where the
+#: weight rises over all of them, later; with 10 they don't. The last two were tried on a draw that is not tested.
+CIFAR_MATCHING = match_methods(weight=10.0)
 #: beside FixMatch with pairs of the small share, as in the paper's table 8: plain mixing of any share and of the large
 #: one, decoupling of the large one, and of both classes
 ABLATION: Methods = {
@@ -114,6 +121,6 @@ def groups(budget: str) -> dict[str, list[Recipe]]:
     """Comparison -> recipes; the first recipe of each is what the others are tested against."""
     made = {"fashion-10": matching("fashion-mini", 0, 10, MATCHING | ABLATION)}
     if budget == "full":
-        made["cifar10-25"] = matching("cifar10", 12_000, 25, MATCHING)
+        made["cifar10-25"] = matching("cifar10", 12_000, 25, CIFAR_MATCHING)
         made |= {f"transfer-{share:.0%}".replace("%", ""): transfer(share, TUNING) for share in (0.15, 0.3, 0.5)}
     return made

@@ -135,6 +135,7 @@ def parts() -> dict[str, Callable[[], str]]:
     found["matching nll differences"] = partial(differences, matching, "nll")
     if transfer:
         found["transfer differences"] = partial(differences, transfer)
+        found["transfer nll differences"] = partial(differences, transfer, "nll")
     return found
 
 
