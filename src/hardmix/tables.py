@@ -33,6 +33,7 @@ POLICIES: dict[str, type] = {
     "tl-align": mixing.TLAlign,
     "mergemix": mixing.MergeMix,
     "sumix": mixing.SUMix,
+    "supermix": mixing.SuperMix,
     "random-choice": mixing.RandomChoice,
     "scheduled": mixing.Scheduled,
 }
@@ -40,7 +41,7 @@ POLICIES: dict[str, type] = {
 #: Policies whose constructor takes the model that is trained.
 NEEDS_MODEL = frozenset(
     {
-        *("manifold-mixup", "attentivemix", "snapmix", "puzzlemix", "co-mixup", "alignmix", "sumix"),
+        *("manifold-mixup", "attentivemix", "snapmix", "puzzlemix", "co-mixup", "alignmix", "sumix", "supermix"),
         *("automix", "samix", "adautomix"),
         *(NEEDS_ATTENTION := ("transmix", "tokenmix", "mixpro", "smmix", "tl-align", "mergemix")),
     }

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardmix.mixing import (
+    AdAutoMix,
+    AlignMix,
+    AttentiveMix,
     AugMix,
+    AutoMix,
+    CoMixup,
     CutMix,
     FMix,
     GridMix,
+    GuidedMix,
+    ManifoldMixup,
+    MergeMix,
     MixPlan,
+    MixPro,
     Mixup,
     Policy,
+    PuzzleMix,
     RandomChoice,
     ResizeMix,
     SaliencyMix,
+    SAMix,
     Scheduled,
+    SMMix,
     SmoothMix,
+    SnapMix,
+    SUMix,
+    TLAlign,
+    TokenMix,
+    TransMix,
 )
+from mixing.vits import AnyViT
 
 #: name -> a function of per="batch" | "pair" | "sample" (the composed ones ignore it)
 POLICIES: dict[str, Callable[[str], Policy]] = {
@@ -42,6 +61,82 @@ POLICIES: dict[str, Callable[[str], Policy]] = {
 #: policies whose rows are blends of two clean rows
 BLENDING = [name for name in POLICIES if name != "augmix"]
 IMAGES_ONLY = ("augmix", "fmix-released")
+
+
+class Modelled(NamedTuple):
+    """A policy that looks at a model, and what of the contract does not hold for it, by its definition."""
+
+    make: Callable[[nn.Module, str], Policy]
+    #: whether the model is a vision transformer
+    reads_attention: bool = False
+    #: whether an output is one row and one partner. Else there is no plan, and the target has more labels than two.
+    pairs: bool = True
+    #: whether the pixels are mixed, not the output of a layer
+    pixels: bool = True
+    #: whether labels get the share of the pixels when a batch is mixed (`relabel` may weigh them anew)
+    by_area: bool = True
+    #: whether partners or places are drawn
+    draws: bool = True
+    #: whether uint8 images are mixed, which a model can't be asked about
+    uint8: bool = False
+    #: whether it has parameters of its own
+    learns: bool = False
+
+
+#: name -> the policy, which takes the images of `model_for`
+MODELLED: dict[str, Modelled] = {
+    "manifold-mixup": Modelled(
+        lambda model, per: ManifoldMixup(model, ["0"], include_input=False, per=per), pixels=False, uint8=True
+    ),
+    "alignmix": Modelled(
+        lambda model, per: AlignMix(model, "2", include_input=False, per=per), pixels=False, uint8=True
+    ),
+    "attentivemix": Modelled(lambda model, per: AttentiveMix(model, cells=2, grid=3, per=per)),
+    "snapmix": Modelled(lambda model, per: SnapMix(model, per=per), by_area=False),  # by class activation, not to one
+    "guidedmix": Modelled(lambda model, per: GuidedMix(model, saliency="input-gradient"), draws=False),
+    "saliencymix-gradient": Modelled(lambda model, per: SaliencyMix(saliency="input-gradient", model=model, per=per)),
+    "puzzlemix": Modelled(lambda model, per: PuzzleMix(model, blocks=[2, 3], per=per)),
+    "co-mixup": Modelled(lambda model, per: CoMixup(model, blocks=[3], rounds=1), pairs=False),
+    "automix": Modelled(lambda model, per: AutoMix(model, input_shape=(3, 16, 16), per=per), learns=True),
+    "samix": Modelled(lambda model, per: SAMix(model, input_shape=(3, 16, 16), per=per), learns=True),
+    "adautomix": Modelled(
+        lambda model, per: AdAutoMix(model, input_shape=(3, 16, 16), per="sample" if per == "pair" else per),
+        pairs=False,
+        learns=True,
+    ),
+    "sumix": Modelled(lambda model, per: SUMix(model, CutMix(per=per)), learns=True),
+    "transmix": Modelled(lambda model, per: TransMix(model, per=per), reads_attention=True, uint8=True),
+    "mixpro": Modelled(lambda model, per: MixPro(model, per=per), reads_attention=True, uint8=True),
+    "tl-align": Modelled(lambda model, per: TLAlign(model, per=per), reads_attention=True, uint8=True),
+    "tokenmix": Modelled(lambda model, per: TokenMix(model, per=per), reads_attention=True),
+    "smmix": Modelled(lambda model, per: SMMix(model, per=per), reads_attention=True),
+    "mergemix": Modelled(lambda model, per: MergeMix(model, per=per), reads_attention=True),
+}
+CLASSES = 8
+
+
+def model_for(name: str, device: str = "cpu") -> nn.Module:
+    """A tiny model of CLASSES classes for a policy of MODELLED, in training mode; images may have any size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        if MODELLED[name].reads_attention:
+            return AnyViT(CLASSES).to(device)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, CLASSES),
+        ).to(device)
+
+
+def modelled(name: str, per: str = "sample", device: str = "cpu") -> tuple[Policy, nn.Module]:
+    """A policy of MODELLED and its model, which has to be kept."""
+    model = model_for(name, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return MODELLED[name].make(model, per), model
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -37,7 +37,7 @@ def net(seed: int = 0, norm: bool = True) -> nn.Sequential:
 def make(model: nn.Module | None = None, **options: object) -> AdAutoMix:
     model = net() if model is None else model
     torch.manual_seed(7)
-    return AdAutoMix(model, input_shape=(3, 16, 16), **options)
+    return AdAutoMix(model, input_shape=(3, 16, 16), **{"clean": 0.0, "linear": 0.0, **options})
 
 
 def batch(n: int = 6, size: tuple[int, int] = (16, 16), seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def test_labels_of_every_kind() -> None:
 
 def loss_by_hand(policy: AdAutoMix, criterion: nn.Module, hard: bool) -> Tensor:
     """Row by row, from the definition, for a network without batch normalisation."""
-    x, y, _, maps, _, partner, lam = policy._pending
+    x, y, _, maps, _, partner, lam, _ = policy._pending
     losses, similar = [], []
     for i, rows in enumerate(partner.tolist()):
         masks = policy.block(maps[rows][None], lam[i : i + 1], tuple(x.shape[2:]))[0]
@@ -352,12 +352,43 @@ def test_state_copies_and_models() -> None:
     for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert twin.loss(CRITERION) is None
         assert torch.equal(twin(x, y, generator=rng(1))[0], mixed)
-        with pytest.raises(RuntimeError, match="AdAutoMix: this policy is a copy without its model; call attach"):
-            twin.after_step()
-        twin.attach(model)
+        if twin.asked is None:
+            with pytest.raises(
+                RuntimeError, match="AdAutoMix: this policy was unpickled without its model; call attach"
+            ):
+                twin.after_step()
+            twin.attach(model)
+        assert twin.asked is model
         twin.after_step()
         assert twin.step == 1
     assert policy.step == 0
+
+
+def test_what_the_model_is_trained_with_besides() -> None:
+    model, (x, y) = net(norm=False), batch()
+    model.eval()  # no dropout
+    rest = make(model)
+    rest(x, y, generator=rng(1))
+    others = rest.loss(CRITERION)
+    partner, share, _ = make(model, label="drawn").mixture(x, generator=rng(1))
+    whole = (x[partner] * share[..., None, None, None]).sum(1)
+    clean, linear = CRITERION(model(x), y), CRITERION(model(whole), MixedTarget(y[partner], share))
+    for weights in ((0.0, 0.7), (0.3, 0.0), (0.3, 0.7)):
+        policy = make(model, clean=weights[0], linear=weights[1])
+        policy(x, y, generator=rng(1))
+        loss = policy.loss(CRITERION)
+        assert torch.allclose(loss - others, weights[0] * clean + weights[1] * linear, atol=1e-5), weights
+        got = torch.autograd.grad(loss, model[4].weight)[0]
+        want = torch.autograd.grad(weights[0] * clean + weights[1] * linear, model[4].weight, retain_graph=True)[0]
+        assert torch.allclose(got, want, atol=1e-6)
+    policy = AdAutoMix(net().double(), input_shape=(3, 16, 16))
+    assert (policy.clean, policy.linear) == (0.5, 0.5)
+    masks = y[:, None, None].expand(-1, 16, 16)
+    policy(x.half(), y, generator=rng(1))
+    assert policy.loss(CRITERION).isfinite()
+    policy(x, masks)
+    policy.disarm()
+    assert policy.loss(CRITERION) is None
 
 
 @pytest.mark.parametrize("name", ["small-resnet", "tiny-vit"])

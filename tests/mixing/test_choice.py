@@ -20,7 +20,7 @@ from hardmix.mixing import (
     Scheduled,
     SmoothMix,
 )
-from hardmix.mixing.choice import combine
+from hardmix.mixing.choice import combine, more_than_plans
 from mixing.cases import blend_by_hand, own_share, rng
 
 X = torch.rand(6, 3, 12, 15, generator=rng())
@@ -213,3 +213,13 @@ def test_combinations_pass_on_what_a_policy_does_after_the_draw(combine) -> None
 def test_what_goes_on_after_the_draw_is_no_row_of_a_choice() -> None:
     with pytest.raises(ValueError, match='holds Weighing, which does more than a plan says; use per="batch"'):
         RandomChoice([Mixup(), Weighing()], per="sample")
+
+
+def test_a_policy_that_does_more_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert more_than_plans(RandomChoice([CutMix(), Scheduled(RandomChoice([Mixup(), None]))])) is None
+    weighing = Weighing()
+    for policy in (weighing, Scheduled(weighing), RandomChoice([CutMix(), Scheduled(weighing)])):
+        assert more_than_plans(policy) is weighing
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="RandomChoice: policies holds one that does more than a plan says"):
+        RandomChoice([CutMix(), Scheduled(weighing)])(X, torch.arange(6))

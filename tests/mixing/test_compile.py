@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing import AugMix, MixPlan, Mixup, RandomChoice
-from mixing.cases import POLICIES, constant_rows
+from mixing.cases import MODELLED, POLICIES, constant_rows, modelled, rng
 
 
 class Counter:
@@ -135,3 +136,26 @@ def test_a_compiled_choice_does_not_lose_what_a_policy_does_after_the_draw() -> 
     compiled = torch.compile(lambda x, y: policy(x, y), backend="eager")
     _, target = compiled(torch.rand(4, 3, 8, 8), torch.arange(4))
     assert torch.equal(policy.relabel(torch.zeros(4, 4), target).weights, target.weights.flip(1))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
+@pytest.mark.parametrize("name", MODELLED)
+def test_a_compiled_model_beside_a_policy_that_looks_at_it(name: str) -> None:
+    """Such a policy is called outside of the graph: it runs the model, or puts hooks on it. A step with the compiled
+    model is that of the model."""
+    x, y = torch.rand(5, 3, 12, 16, generator=rng()), torch.arange(5)
+    criterion, seen = SoftCrossEntropyLoss(), []
+    for compiled in (False, True):
+        policy, model = modelled(name)
+        # Hooks are asked for only where this is set before the model is compiled; see ManifoldMixup and AttentionTap.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            run = torch.compile(model, backend="eager") if compiled else model
+            for seed in range(2):
+                mixed, target = policy(x, y, generator=rng(seed))
+                logits = run(mixed)
+                target = policy.relabel(logits, target)
+                loss = policy.loss(criterion)
+                policy.after_step()
+        zero = torch.zeros(())
+        seen.append((mixed, logits, target.weights, zero if loss is None else loss))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*seen, strict=True))

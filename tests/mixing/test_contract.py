@@ -11,8 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing import CutMix, MixPlan, Mixup, Policy
-from mixing.cases import BLENDING, IMAGES_ONLY, POLICIES, blend_by_hand, constant_rows, own_share, rng
+from mixing.cases import (
+    BLENDING,
+    IMAGES_ONLY,
+    MODELLED,
+    POLICIES,
+    blend_by_hand,
+    constant_rows,
+    modelled,
+    own_share,
+    rng,
+)
 
 SHAPES = [(3, 16, 16), (3, 17, 23), (1, 5, 40), (2, 31), (1, 6, 7, 9), (3, 1, 1)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8]
@@ -316,3 +327,196 @@ def test_large_finite_values_are_fine() -> None:
     x = torch.full((2, 1, 4, 4), 3e38)
     mixed, _ = CutMix()(x, torch.arange(2))
     assert torch.equal(mixed, x)
+
+
+# Policies that look at a model
+
+PAIRS = [name for name, case in MODELLED.items() if case.pairs]
+
+
+@pytest.mark.parametrize("per", ["batch", "pair", "sample"])
+@pytest.mark.parametrize("name", MODELLED)
+def test_shares_of_constant_images_with_a_model(name: str, per: str) -> None:
+    """What the labels get is what the pixels show; for labels by content, the plan's share is."""
+    policy, _model = modelled(name, per)
+    case = MODELLED[name]
+    for n, size in [(1, (9, 14)), (2, (17, 23)), (7, (16, 16))]:
+        values = 2.0 ** -torch.arange(n, dtype=torch.float64)
+        x, y = constant_rows(values.float(), (3, *size)), torch.arange(n)
+        if case.pairs:
+            plan = policy.plan(x, y, generator=rng(n))
+            lam = plan.lam.double()
+            want = lam * values + (1.0 - lam) * values[plan.partner]
+            assert torch.allclose(plan.blend(x).double().flatten(1).mean(1), want, atol=1e-6, rtol=0), (n, size)
+        mixed, target = policy(x, y, generator=rng(n))
+        policy.disarm()
+        if not case.pixels:
+            assert torch.equal(mixed, x)
+        elif case.by_area:
+            want = (target.weights.double() * values[target.labels]).sum(1)
+            assert torch.allclose(mixed.double().flatten(1).mean(1), want, atol=1e-6, rtol=0), (n, size)
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_invariants_with_a_model(name: str) -> None:
+    policy, model = modelled(name)
+    case, state = MODELLED[name], {key: value.clone() for key, value in model.state_dict().items()}
+    for n, size in [(1, (16, 16)), (2, (9, 14)), (7, (17, 23))]:
+        x = torch.rand(n, 3, *size, generator=rng(n))
+        if n == 7:
+            x = x.contiguous(memory_format=torch.channels_last)
+        before, y, chance = x.clone(), torch.arange(n), torch.get_rng_state()
+        mixed, target = policy(x, y, generator=rng(5))
+        policy.disarm()
+        again, same = policy(x, y, generator=rng(5))
+        policy.disarm()
+        assert torch.equal(torch.get_rng_state(), chance)
+        assert torch.equal(x, before)
+        assert mixed.data_ptr() != x.data_ptr() or not case.pixels
+        assert (mixed.shape, mixed.dtype) == (x.shape, x.dtype)
+        assert mixed.is_contiguous(memory_format=torch.channels_last) or n != 7
+        assert torch.equal(mixed, again)
+        assert torch.equal(target.labels, same.labels)
+        assert torch.equal(target.weights, same.weights)
+        assert not mixed.requires_grad
+        assert not target.weights.requires_grad
+        assert target.labels.shape == target.weights.shape
+        assert target.labels.shape[0] == n
+        assert target.weights.dtype == torch.float32
+        if case.by_area:
+            assert (target.weights.sum(1) - 1).abs().max() <= 1e-6
+            assert bool(((target.weights >= 0) & (target.weights <= 1)).all())
+        if not case.pairs:
+            with pytest.raises(NotImplementedError, match=r"(rows|samples)"):
+                policy.plan(x, y)
+            continue
+        plan = policy.plan(x, y, generator=rng(5))
+        assert (plan.lam.shape, plan.lam.dtype, plan.partner.dtype) == ((n,), torch.float32, torch.long)
+        assert bool(((plan.lam >= 0) & (plan.lam <= 1)).all())
+        if plan.mask is not None:
+            assert plan.mask.shape == (n, 1, *size)
+            assert torch.equal(plan.lam, own_share(plan.mask)) or name in ("automix", "samix")
+            assert (plan.lam - own_share(plan.mask)).abs().max() < 1e-6
+        assert np.abs(plan.blend(x).double().numpy() - blend_by_hand(x, plan)).max() <= 2e-6
+        if not case.pixels:  # the layer is drawn first
+            continue
+        assert torch.equal(target.labels, torch.stack([y, plan.partner], 1))
+        if case.by_area:
+            assert torch.equal(mixed, plan.blend(x))
+            assert torch.equal(target.weights, torch.stack([plan.lam, 1 - plan.lam], 1))
+    # The model was only asked.
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", MODELLED)
+def test_every_dtype_with_a_model(name: str, dtype: torch.dtype) -> None:
+    policy, _model = modelled(name)
+    case, y = MODELLED[name], torch.arange(5)
+    values = torch.linspace(0.0, 1.0, 5) * (255 if dtype == torch.uint8 else 1)
+    x = constant_rows(values.to(dtype), (3, 9, 14))
+    if dtype == torch.uint8 and not case.uint8:
+        with pytest.raises(TypeError, match=r"x has dtype torch\.uint8"):
+            policy(x, y, generator=rng(4))
+        return
+    mixed, target = policy(x, y, generator=rng(4))
+    assert mixed.dtype == dtype
+    if case.pixels and case.by_area:
+        exact = x[:, 0, 0, 0].double()
+        want = (target.weights.double() * exact[target.labels]).sum(1)
+        assert (mixed.double().flatten(1).mean(1) - want).abs().max() <= 2 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_seeds_with_a_model(name: str) -> None:
+    policy, _model = modelled(name)
+    x, y = torch.rand(8, 3, 16, 12, generator=rng()), torch.arange(8)
+
+    def draw(seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed, target = policy(x, y, generator=None if seed is None else rng(seed))
+        policy.disarm()
+        return torch.cat([mixed.flatten(1), target.labels.float(), target.weights], 1), target.labels
+
+    first = draw(0)[0]
+    differ = any(first.shape != (other := draw(seed)[0]).shape or not torch.equal(first, other) for seed in range(1, 5))
+    assert differ == MODELLED[name].draws
+    torch.manual_seed(5)
+    first = draw(None)[0]
+    torch.manual_seed(5)
+    assert torch.equal(first, draw(None)[0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_given_partner_with_a_model(name: str) -> None:
+    policy, _model = modelled(name)
+    x, y = torch.rand(5, 3, 12, 12, generator=rng()), torch.arange(5)
+    for partner in (torch.tensor([4, 0, 3, 2, 1]), torch.full((5,), 2)):
+        plan = policy.plan(x, y, generator=rng(1), partner=partner)
+        assert torch.equal(plan.partner, partner)
+        assert np.abs(plan.blend(x).double().numpy() - blend_by_hand(x, plan)).max() < 2e-6
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_steps_with_a_model(name: str) -> None:
+    """Draw, forward, relabel, loss, backward, after_step; twice, the second under autocast."""
+    policy, model = modelled(name)
+    case, criterion = MODELLED[name], SoftCrossEntropyLoss()
+    assert bool(list(policy.parameters())) == case.learns
+    assert bool(policy.state_dict()) == case.learns
+    assert all(part is not model for part in policy.modules())
+    assert type(policy).__name__ in repr(policy)
+    x, y = torch.rand(6, 3, 12, 16, generator=rng()), torch.arange(6)
+    before = x.clone()
+    for half in (False, True):
+        policy.set_progress(0.25)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            mixed, target = policy(x, y, generator=rng(1))
+            logits = model(mixed)
+            after = policy.relabel(logits, target)
+            loss, own = criterion(logits, after), policy.loss(criterion)
+        assert torch.equal(after.labels, target.labels)
+        assert (after.weights.shape, after.weights.dtype) == (target.weights.shape, torch.float32)
+        (loss if own is None else loss + own).backward()
+        assert loss.isfinite()
+        assert own is None or bool(own.isfinite())
+        if name == "sumix":
+            with pytest.raises(RuntimeError, match="SUMix: loss has no batch"):
+                policy.loss(criterion)
+        else:
+            assert policy.loss(criterion) is None
+        policy.after_step()
+        grown = [*model.parameters(), *(p for p in policy.parameters() if p.requires_grad)]
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in grown)
+        for parameter in grown:
+            parameter.grad = None
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_refusals_with_a_model(name: str) -> None:
+    policy, model = modelled(name)
+    x, y = torch.rand(4, 3, 12, 12, generator=rng()), torch.arange(4)
+    who = type(policy).__name__
+    with pytest.raises(ValueError, match=rf"{who}: y has 3 entries but x has 4 rows; pass one entry per row\."):
+        policy(x, y[:3])
+    with pytest.raises(TypeError, match=r"y is a list; pass a torch\.Tensor\."):
+        policy(x, [0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"y is on meta but x is on cpu"):
+        policy(x, y.to("meta"))
+    with pytest.raises(TypeError, match=r"generator is a int; pass a torch\.Generator or None\."):
+        policy(x, y, generator=3)
+    with pytest.raises(ValueError, match=rf"{who}: x has shape \(0, 3, 12, 12\) and is empty"):
+        policy(x[:0], y[:0])
+    bad = x.clone()
+    bad[2, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"x holds NaN or infinity in rows 2"):
+        policy(bad, y)
+    with pytest.raises(TypeError, match=r"model is a str; pass a torch\.nn\.Module"):
+        MODELLED[name].make("net", "sample")
+    with pytest.raises(TypeError, match=r"model is a str; pass a torch\.nn\.Module"):
+        policy.attach("net")
+    policy.attach(model)
+    mixed, _ = policy(x, y, generator=rng(1))  # it works as before
+    assert mixed.shape == x.shape

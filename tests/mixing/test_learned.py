@@ -64,7 +64,7 @@ def net(seed: int = 0, **options: object) -> Net:
 def make(kind: type[AutoMix], model: nn.Module | None = None, **options: object) -> AutoMix:
     model = net() if model is None else model
     torch.manual_seed(7)
-    return kind(model, input_shape=(3, 16, 16), **options)
+    return kind(model, input_shape=(3, 16, 16), **{"clean": 0.0, **options})
 
 
 def batch(n: int = 6, size: tuple[int, int] = (16, 16), seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -447,15 +447,18 @@ def test_a_checkpoint_goes_on_bit_for_bit(kind: type[AutoMix]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_have_no_model(kind: type[AutoMix]) -> None:
+def test_copies_follow_the_same_model_and_pickles_none(kind: type[AutoMix]) -> None:
     model, (x, y) = net(), batch()
     policy = make(kind, model, momentum=0.5)
     mixed, _ = policy(x, y, generator=rng(1))
     for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert twin.loss(CRITERION) is None
         assert torch.equal(twin(x, y, generator=rng(1))[0], mixed)
-        with pytest.raises(RuntimeError, match=rf"{kind.__name__}: this policy is a copy without its model; call att"):
-            twin.after_step()
+        if twin.asked is None:
+            with pytest.raises(RuntimeError, match=rf"{kind.__name__}: this policy was unpickled without its model; c"):
+                twin.after_step()
+        else:
+            assert twin.asked is model
         other = net(5)
         twin.attach(other)
         twin.after_step()
@@ -464,6 +467,51 @@ def test_copies_have_no_model(kind: type[AutoMix]) -> None:
         with pytest.raises(ValueError, match="model has other tensors than the one that the policy was made for; pass"):
             twin.attach(nn.Linear(3, 3))
     assert policy.loss(CRITERION) is not None
+
+
+# The clean batch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_the_clean_batch_is_the_models_own(kind: type[AutoMix]) -> None:
+    model, (x, y) = net(), batch()
+    model.drop = nn.Identity()
+    assert (kind(model, input_shape=(3, 16, 16)).clean, make(kind).clean) == (1.0, 0.0)
+    rest = make(kind, model)
+    policy = make(kind, model, clean=0.3)
+    policy.block.load_state_dict(rest.block.state_dict())
+    for one in (policy, rest):
+        one(x, y, generator=rng(1))
+    loss, other = policy.loss(CRITERION), rest.loss(CRITERION)
+    want = F.cross_entropy(model(x), y)
+    assert torch.allclose(loss - other, 0.3 * want, atol=1e-6)
+    loss.backward()
+    mask_block = [p.grad.clone() for p in policy.block.parameters()]
+    other.backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(mask_block, rest.block.parameters(), strict=True))
+    (wanted,) = torch.autograd.grad(0.3 * want, model.head.weight)
+    assert torch.allclose(model.head.weight.grad, wanted, atol=1e-6)
+    assert policy.loss(CRITERION) is None
+
+
+def test_the_clean_batch_is_given_in_the_models_dtype_and_kind_of_label() -> None:
+    x, y = batch()
+    model = net().double()
+    policy = make(AutoMix, model, clean=1.0)
+    rows = F.one_hot(y, CLASSES).float()
+    policy(x.half(), rows, generator=rng(1))
+    assert policy.loss(CRITERION).isfinite()
+    policy(x, y)
+    unpickled = pickle.loads(pickle.dumps(policy))
+    unpickled(x, y)
+    with pytest.raises(
+        RuntimeError, match=r"AutoMix: this policy was unpickled without its model; call attach\(model\)"
+    ):
+        unpickled.loss(CRITERION)
+    policy.disarm()
+    assert policy.loss(CRITERION) is None
+    with pytest.raises(ValueError, match=r"AutoMix: clean is -1"):
+        make(AutoMix, clean=-1)
 
 
 # Models and layers

@@ -713,3 +713,63 @@ def test_what_is_refused(name: str) -> None:
 
     with pytest.raises(ValueError, match=rf"{name}: .* 8 rows for 4 images \(attention within windows sees no whole"):
         make(nn.Sequential(Windows())).plan(batch(4, 8, 8, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks", "before the policy"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_compiled_model_is_read_as_it_was_written(name: str, how: str) -> None:
+    """Compiled code need not know of hooks: the forward for the attention goes around it."""
+    model, given = tiny_vit(), None
+    x = batch(4, 8, 8, 4)
+    torch._dynamo.reset()
+    if how == "blocks":
+        model.stage3.blocks[0].compile(backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        given = torch.compile(model, backend="eager")
+    model = model if given is None else given
+    if how == "before the policy":
+        model(x)
+    policy = POLICIES[name](model)
+    for seed in (2, 3):
+        mixed, target = policy(x, Y[:4], generator=rng(seed))
+        with torch.no_grad():
+            logits = model(mixed)
+        want, wanted = POLICIES[name](tiny_vit())(x, Y[:4], generator=rng(seed))
+        assert torch.equal(mixed, want)
+        assert torch.equal(target.weights, wanted.weights)
+        policy.relabel(logits, target)
+        loss = policy.loss(SoftCrossEntropyLoss())
+        assert loss is None or bool(loss.isfinite())
+    torch._dynamo.reset()
+
+
+def test_compiled_parts_that_do_not_run_hooks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)  # as before torch 2.6
+    model = tiny_vit()
+    model.compile(backend="eager")
+    torch._dynamo.reset()
+    with pytest.raises(
+        RuntimeError, match="TokenMix: the TinyViT holds compiled code that does not run hooks; compile"
+    ):
+        TokenMix(model).plan(batch(4, 8, 8, 4))
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_vit(), backend="eager")
+    assert len(TokenMix(compiled).plan(batch(4, 8, 8, 4))) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_of_mergemix_is_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model, x = tiny_vit(), batch(4, 8, 8, 4)
+    policy = MergeMix(model)
+    policy(x, Y[:4], generator=rng(1))
+    want = policy.loss(SoftCrossEntropyLoss())
+    policy = MergeMix(model.to(dtype))
+    policy(x, Y[:4], generator=rng(1))
+    got = policy.loss(SoftCrossEntropyLoss())
+    assert got is not None
+    assert torch.allclose(got.float(), want, rtol=0.05)
+    got.backward()
+    assert all(p.grad.dtype == dtype for p in model.parameters() if p.grad is not None)

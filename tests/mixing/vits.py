@@ -1,9 +1,10 @@
-"""Vision transformers for the tests: ours, with weights that make its attention uneven, and one whose attention is
-given."""
+"""Vision transformers for the tests: ours, with weights that make its attention uneven, one whose attention is given,
+one that takes images of any size."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hardmix.models.vit import TinyViT
@@ -59,3 +60,40 @@ def given_attention(images: int, heads: int, tokens: int, seed: int = 0) -> Tens
     """(N, heads, T, T) rows that sum to one, very uneven."""
     scores = torch.randn(images, heads, tokens, tokens, generator=torch.Generator().manual_seed(seed))
     return (3.0 * scores).softmax(-1)
+
+
+class AnyViT(nn.Module):
+    """Patches of 4 pixels, a class token, no positions: an image of any size from 4 x 4 on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.ModuleList(AnyBlock() for _ in range(3))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[:, 0])
+
+
+class AnyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = AnyAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+class AnyAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)  # 2 heads
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hardmix import tables
 from hardmix.train.errors import Interrupted, RecipeError
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe, check_recipe
+from hardmix.train.robustness import robustness_of_run
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.classification import Classification
 
@@ -27,6 +29,7 @@ SAYS: dict[str, dict[str, Any]] = {
     "scheduled": {"policy": {"name": "puzzlemix", "blocks": [2]}, "stop": 0.5},
     "sumix": {"policy": {"name": "cutmix"}},
     "puzzlemix": {"blocks": [2, 4]},
+    "supermix": {"steps": 3},
 }
 LEARNT = ("automix", "samix", "adautomix", "sumix")
 
@@ -149,3 +152,44 @@ def test_the_time_of_a_step_is_not_that_of_evaluations(tmp_path, monkeypatch) ->
     seconds = run_recipe(recipe("mixup"), tmp_path / "run")["seconds"]
     assert seconds["train"] >= 0.5
     assert seconds["per_step"] * 8 < seconds["train"] - 0.4
+
+
+@pytest.mark.parametrize("policy", ["automix", "sumix"])
+def test_what_a_policy_learns_is_clipped_by_itself(policy: str, tmp_path, monkeypatch) -> None:
+    """The same bound for the policy as for the model, and neither's norm in the other's."""
+    move, tasks, norms = Classification.to, [], []
+
+    def keep(task: Classification, device: torch.device) -> Classification:
+        tasks.append(task)
+        return move(task, device)
+
+    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for part in (tasks[-1].model, tasks[-1].policy):
+            grads = [p.grad.flatten() for p in part.parameters() if p.grad is not None]
+            norms.append(torch.cat(grads).norm().item())
+
+    monkeypatch.setattr(Classification, "to", keep)
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        for bound in (0.0, 1e-4):
+            run_recipe(recipe(policy, clip_norm=bound), tmp_path / str(bound))
+    finally:
+        handle.remove()
+    free, clipped = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    assert min(free) > 1.1e-4
+    assert clipped == pytest.approx([1e-4] * len(clipped), rel=1e-2)
+
+
+@pytest.mark.parametrize("policy", ["transmix", "random-choice", "sumix"])
+def test_a_run_is_asked_about_its_training_without_a_step(policy: str, tmp_path) -> None:
+    """Draws that no training forward follows are taken back."""
+    says = {
+        "transmix": {},
+        "sumix": {"policy": {"name": "cutmix"}},
+        "random-choice": {"policies": [{"name": "tl-align"}]},
+    }
+    table = recipe("transmix", epochs=1).model_dump(mode="json", exclude_none=True)
+    chosen = check_recipe({**table, "policy": {"name": policy, **says[policy]}}, "policy")
+    run_recipe(chosen, tmp_path / "run")
+    found = robustness_of_run(tmp_path / "run", samples=60)
+    assert 0.0 <= found["training"]["mixed"] <= found["training"]["ceiling"]

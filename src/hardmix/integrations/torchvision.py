@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten  # what t
 
 from hardmix import _check, mixing
 from hardmix.mixing import MixPlan, Policy
-from hardmix.mixing.choice import mixes_by_plan
+from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing, cpu_generator
 
 Getter = Callable[[Any], Any]
@@ -55,10 +55,7 @@ class Mix(nn.Module):
     ) -> None:
         super().__init__()
         self._who = who = type(self).__name__
-        inside = (
-            [module for module in policy.modules() if isinstance(module, Policy)] if isinstance(policy, Policy) else []
-        )
-        if not inside or not all(map(mixes_by_plan, inside)):
+        if not isinstance(policy, Policy) or more_than_plans(policy) is not None:
             raise TypeError(
                 f"{who}: policy is a {type(policy).__name__}; pass a hardmix policy that mixes the input and is "
                 "done then."

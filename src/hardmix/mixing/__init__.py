@@ -22,6 +22,7 @@ from hardmix.mixing.saliency import SaliencyMix, spectral_residual
 from hardmix.mixing.snapmix import SnapMix
 from hardmix.mixing.static import CutMix, Mixup
 from hardmix.mixing.sumix import SUMix
+from hardmix.mixing.supermix import SuperMix
 from hardmix.mixing.target import MixedTarget
 from hardmix.mixing.token_merge import MergeMix
 from hardmix.mixing.tokens import SMMix, TokenMix
@@ -56,6 +57,7 @@ __all__ = [
     "Scheduled",
     "SmoothMix",
     "SnapMix",
+    "SuperMix",
     "TLAlign",
     "TokenMix",
     "TransMix",

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move
+from hardmix.mixing.gradients import model_input
 from hardmix.mixing.learned import LearnedPolicy, mean_share
 from hardmix.mixing.mask_block import JointMask
 from hardmix.mixing.plan import MixPlan
@@ -66,6 +67,7 @@ class _Pending(NamedTuple):
     logits: Tensor
     partner: Tensor
     lam: Tensor
+    drawn: tuple[Tensor, Tensor]  # partners and shares of the batch that the model gets
 
 
 class AdAutoMix(LearnedPolicy):
@@ -77,6 +79,9 @@ class AdAutoMix(LearnedPolicy):
         policy.loss = L                                   L = criterion(teacher(x~'), sum_k lam'_k y_k)
         every `interval`-th step
         policy.loss = -adversarial L + cosine S           S = mean_i sum_k lam'_k cos(teacher(x~'), teacher(x_k))
+
+        and in all steps, for the model
+        policy.loss += clean criterion(model(x), y) + linear criterion(model(sum_k lam_k x_{p_k}), sum_k lam_k y_{p_k})
 
     The row itself comes first, and its partners are distinct rows where the batch has enough of them. As in `AutoMix`
     a batch is mixed twice, for the model and for the generator, with draws of their own; the mask block is `JointMask`.
@@ -94,6 +99,8 @@ class AdAutoMix(LearnedPolicy):
             similarity to what is mixed; the paper's text speaks of keeping the images' meaning, which asks for a
             negative one.
         interval: an adversarial step each so many steps; 1: all of them.
+        clean: weight of the model's own loss on the clean batch, one more forward and backward; 0: none.
+        linear: weight of its loss on the same samples mixed as a whole, by the shares; one more of each, too. 0: none.
         upsample: "bilinear" or "nearest".
         per: how often shares are drawn, "batch" or "sample".
 
@@ -101,14 +108,14 @@ class AdAutoMix(LearnedPolicy):
     N < K partners repeat, and the shares of one row or class add up in the objective. All shares drawn as 0, which only
     a tiny alpha can do, count as equal. A constant (1 x 1) map gives masks of one value per image.
     `plan` is refused: a plan has one partner. `mixture` draws without arming anything.
-    Cost, batch normalisation, copies: as `AutoMix`.
+    Cost: as `AutoMix`, and the linear mixture's forward and backward. Batch normalisation, copies: as `AutoMix`.
     Raises:
         ValueError, TypeError: as `AutoMix`; `plan` a NotImplementedError.
     Reference: Qin et al. 2024, section 3 (arXiv:2312.11954); the numbers and the steps are those of the released code
-    (OpenMixup). That also trains the model with half the cross entropy of the clean batch and half that of a linear
-    mixture, which is the loop's to add; shares one lambda with a batch and between both draws; leaves the row itself to
-    chance; leaves lambda out of the maps; starts with the adversarial step; and compares the wrong way, so that its
-    model sees linear mixtures only.
+    (OpenMixup), `clean` and `linear` included. It has a classifier of its own for the clean batch, where here the model
+    has one, and no linear mixture of two samples. It shares one lambda with a batch and between both draws; leaves the
+    row itself to chance; leaves lambda out of the maps; starts with the adversarial step; and compares the wrong way,
+    so that its model sees linear mixtures only.
     """
 
     step: Tensor
@@ -126,6 +133,8 @@ class AdAutoMix(LearnedPolicy):
         adversarial: float = 0.3,
         cosine: float = 0.7,
         interval: int = 2,
+        clean: float = 0.5,
+        linear: float = 0.5,
         embed_lam: bool = True,
         upsample: str = "bilinear",
         label: str = "mask",
@@ -147,6 +156,8 @@ class AdAutoMix(LearnedPolicy):
         self.adversarial = _check.non_negative(who, "adversarial", adversarial)
         self.cosine = _check.number(who, "cosine", cosine)
         self.interval = _check.integer(who, "interval", interval, 1)
+        self.clean = _check.non_negative(who, "clean", clean)
+        self.linear = _check.non_negative(who, "linear", linear)
         self.block = JointMask(self.teacher.channels, embed_lam=embed_lam, upsample=upsample)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.to(self.teacher.like.device)
@@ -183,10 +194,10 @@ class AdAutoMix(LearnedPolicy):
         _check.same_length(who, "y", y, "x", x.shape[0])
         _check.same_device(who, "y", y, "x", x.device)
         _check.finite(who, "x", x)
-        mixture, maps, logits = self._mixture(x, generator)
+        mixture, maps, logits, drawn = self._mixture(x, generator)
         target = mixture.target(y, kind=kind)
         partner, lam = self._draw_rows(x, generator)
-        self._pending = _Pending(x, y, kind, maps, logits, partner, lam)
+        self._pending = _Pending(x, y, kind, maps, logits, partner, lam, drawn)
         return mixture.blend(x), target
 
     def loss(self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor]) -> Tensor | None:
@@ -197,7 +208,7 @@ class AdAutoMix(LearnedPolicy):
         """
         if self._pending is None:
             return None
-        (x, y, kind, maps, clean, partner, lam), self._pending = self._pending, None
+        (x, y, kind, maps, clean, partner, lam, drawn), self._pending = self._pending, None
         with torch.autocast(x.device.type, enabled=False):
             masks = self.block(maps[partner], lam, (x.shape[2], x.shape[3]))
             wide = x.detach().to(torch.promote_types(x.dtype, masks.dtype))
@@ -209,13 +220,22 @@ class AdAutoMix(LearnedPolicy):
         similarity = (lam * similar).sum(1).mean()
         # Both are computed and one is chosen on the device: asking for the step would wait for it.
         hard = self.step % self.interval == self.interval - 1
-        return torch.where(hard, self.cosine * similarity - self.adversarial * mce, mce)
+        loss = torch.where(hard, self.cosine * similarity - self.adversarial * mce, mce)
+        if self.clean:
+            loss = loss + self.clean * self._clean_loss(criterion, x, y, kind)
+        if self.linear:
+            model, (rows, share) = self._model(), drawn
+            linear = Mixture(rows, share, share[..., None, None].expand(-1, -1, *x.shape[2:]))
+            logits = model(model_input("AdAutoMix", model, linear.blend(x)))
+            loss = loss + self.linear * criterion(logits, linear.target(y, kind=kind))
+        return loss
 
     def after_step(self) -> None:
         super().after_step()
         self.step += 1
 
-    def _mixture(self, x: Tensor, generator: Generator | None) -> tuple[Mixture, Tensor, Tensor]:
+    def _mixture(self, x: Tensor, generator: Generator | None) -> tuple[Mixture, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(mixture, maps, logits of the clean batch, partners and drawn shares)"""
         x = _check.batch("AdAutoMix", "x", x, 4, 4)
         cpu_generator("AdAutoMix", generator)
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
@@ -224,7 +244,8 @@ class AdAutoMix(LearnedPolicy):
             masks = self.block(maps[partner], lam, (x.shape[2], x.shape[3])).to(torch.float32)
             whole = lam.amin(1) <= self.margin
             masks = torch.where(whole.view(-1, 1, 1, 1), lam[..., None, None], masks)
-        return Mixture(partner, lam if self.label == "drawn" else mean_share(masks), masks), maps, logits
+        share = lam if self.label == "drawn" else mean_share(masks)
+        return Mixture(partner, share, masks), maps, logits, (partner, lam)
 
     def _draw_rows(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """((N, K) rows, (N, K) shares): the row itself and K - 1 others, each a cyclic shift away, none twice if there

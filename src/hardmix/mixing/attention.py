@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class AttentionTap:
 
     Args:
         model: the model, or the part of it that holds the blocks. It may be wrapped later (DistributedDataParallel,
-            torch.compile). It is no submodule of anything.
+            torch.compile), or be compiled already. It is no submodule of anything.
         layer: name of the one attention module to read, as in `model.named_modules()`.
         every: whether to read every block; what `take` gives is then in the order in which they run.
         patch: side of a patch in pixels. None takes it from the first `Conv2d` whose stride is its kernel, or else from
@@ -105,6 +106,7 @@ class AttentionTap:
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on `model`, and take them off the one before."""
         check_model(self.who, model)
+        model = getattr(model, "_orig_mod", model)  # of a compiled model the part that hooks and names belong to
         modules = dict(model.named_modules())
         if self.layer is not None:
             find_module(self.who, "layer", model, self.layer)
@@ -187,6 +189,11 @@ class AttentionTap:
         finally:
             self.measuring = False
             self.disarm()
+        if not kept and _compiled(self.model):
+            raise RuntimeError(
+                f"{self.who}: the {type(self.model).__name__} holds compiled code that does not run hooks; compile the "
+                "whole model with torch.compile(model), or use torch 2.6 or later."
+            )
         if not kept:
             raise RuntimeError(
                 f"{self.who}: the forward of the {type(self.model).__name__} did not run {self._names[-1]!r}; "
@@ -195,7 +202,7 @@ class AttentionTap:
         return output, kept
 
     def run(self, x: Tensor, *, autocast: torch.dtype | None = None) -> Any:
-        """What the model makes of `x` in evaluation mode and without a gradient.
+        """What the model makes of `x` in evaluation mode, without a gradient and without its compiled code.
 
         Dropout, batch statistics, gradients and the random state are as before, and modes are put back. `x` is given in
         the dtype of the model's parameters, or under `autocast`.
@@ -203,7 +210,7 @@ class AttentionTap:
         model = self.model
         x = model_input(self.who, model, x)
         low = torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
-        with undisturbed(model, batch_statistics=False), torch.no_grad(), low:
+        with undisturbed(model, batch_statistics=False), torch.no_grad(), low, _uncompiled(model):
             output = model(x)
         # An autocast of the model's own may keep weights that it cast without a graph (older torch).
         torch.clear_autocast_cache()
@@ -280,6 +287,19 @@ class AttentionTap:
             raise
         if index == len(self._names) - 1:
             self._keep = None
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs compiled parts of the model as they were written: compiled code may not know of hooks that came later."""
+    # Where nothing is compiled, the compiler isn't loaded. set_stance came with torch 2.6.
+    if not _compiled(model) or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is compiled."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _patch_sides(model: nn.Module) -> tuple[int, int] | None:

@@ -118,8 +118,8 @@ class LabelPolicy(AttentionPolicy):
         plan, kept = self._plan, self.tap.take()
         if not kept:
             raise RuntimeError(
-                f"{who}: relabel has no attention; run the model once, in training mode, between the draw and relabel "
-                "(and compile it with torch._dynamo.config.skip_nnmodule_hook_guards = False)."
+                f"{who}: relabel has no attention; run the model once, in training mode, between the draw and relabel, "
+                "and set torch._dynamo.config.skip_nnmodule_hook_guards = False before a model is compiled."
             )
         if target.weights.shape != (len(plan), 2):
             raise ValueError(

@@ -8,13 +8,13 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, move
 from hardmix.mixing.gradients import check_layer, check_model, hidden_map
 from hardmix.mixing.plan import MixPlan
-from hardmix.mixing.policy import Policy
 
 
-class AttentiveMix(Policy):
+class AttentiveMix(AskingPolicy):
     """Attentive CutMix: the cells of x_i that a network answers to most are pasted onto the partner.
 
         a = mean over the channels of the network's map of x_i, averaged onto at most grid x grid cells
@@ -61,10 +61,10 @@ class AttentiveMix(Policy):
         per: str = "sample",
         pairing: str | None = None,
     ) -> None:
-        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         who = "AttentiveMix"
-        self._model = (check_model(who, model),)  # in a tuple, so that its weights don't become the policy's
-        self.layer = check_layer(who, "layer", model, layer)
+        self.layer = layer
+        self.attach(model)
         self.cells = _check.integer(who, "cells", cells, 1)
         self.grid = _check.integer(who, "grid", grid, 1)
         self.plus = _check.boolean(who, "plus", plus)
@@ -73,8 +73,13 @@ class AttentiveMix(Policy):
         count = "plus=True" if self.plus else f"cells={self.cells}"
         return f"layer={self.layer!r}, {count}, grid={self.grid}, {super().extra_repr()}"
 
+    def attach(self, model: nn.Module) -> None:
+        """Ask `model` from now on, which has a layer of this name."""
+        check_layer("AttentiveMix", "layer", check_model("AttentiveMix", model), self.layer)
+        super().attach(model)
+
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
-        self.layer, found = hidden_map("AttentiveMix", self._model[0], x, self.layer)
+        self.layer, found = hidden_map("AttentiveMix", self._model(), x, self.layer)
         size = tuple(x.shape[2:])
         down, across = (min(self.grid, *lengths) for lengths in zip(found.shape[2:], size, strict=True))
         found = found.mean(1, keepdim=True, dtype=wide(found.dtype))

@@ -51,12 +51,11 @@ class RandomChoice(Policy):
         super().__init__(per=per, pairing="matching" if pairing is None and in_pairs else pairing)
         if per == "sample":
             for member in members:
-                for inside in member.modules():
-                    if isinstance(inside, Policy) and not mixes_by_plan(inside):
-                        raise ValueError(
-                            f"{who}: policies holds {type(inside).__name__}, which does more than a plan says; use "
-                            'per="batch".'
-                        )
+                if (inside := more_than_plans(member)) is not None:
+                    raise ValueError(
+                        f"{who}: policies holds {type(inside).__name__}, which does more than a plan says; use "
+                        'per="batch".'
+                    )
             if in_pairs and self.pairing not in ("reversal", "matching"):
                 raise ValueError(
                     f'{who}: a policy has per="pair" but pairing is {self.pairing!r}; pass "matching" or "reversal".'
@@ -66,11 +65,23 @@ class RandomChoice(Policy):
         else:
             self.min_ndim = min(member.min_ndim for member in members)
         self.policies = nn.ModuleList(members)
+        self.by_rows = all(member.by_rows for member in members)
         self.p = _probabilities(p, len(members))
         self._last: tuple[Policy, ...] = ()
 
     def extra_repr(self) -> str:
         return f"p={[round(value, 4) for value in self.p]}, per={self.per!r}"
+
+    def attach(self, model: nn.Module) -> None:
+        """Let all of the policies look at `model`."""
+        for policy in self._members():
+            policy.attach(model)
+
+    def disarm(self) -> None:
+        """Take back the last draw, whichever policy's it was."""
+        self._last = ()
+        for policy in self._members():
+            policy.disarm()
 
     def set_progress(self, fraction: float) -> None:
         for policy in self._members():
@@ -87,7 +98,7 @@ class RandomChoice(Policy):
     def forward(
         self, x: Tensor, y: Tensor, *, generator: Generator | None = None, kind: str = "auto"
     ) -> tuple[Tensor, MixedTarget]:
-        if torch.compiler.is_compiling() and not all(map(mixes_by_plan, self._members())):
+        if torch.compiler.is_compiling() and more_than_plans(self) is not None:
             raise RuntimeError(
                 "RandomChoice: policies holds one that does more than a plan says, which a compiled choice can't pass "
                 "on; call the policy outside of torch.compile."
@@ -151,12 +162,20 @@ class Scheduled(Policy):
         if self.start >= self.stop:
             raise ValueError(f"Scheduled: start is {start!r} and stop is {stop!r}; pass start < stop.")
         self.min_ndim, self.max_ndim = policy.min_ndim, policy.max_ndim
+        self.by_rows = policy.by_rows
         self.policy = policy
         self._mixed = False
         self.set_progress(0.0)
 
     def extra_repr(self) -> str:
         return f"start={self.start:g}, stop={self.stop:g}"
+
+    def attach(self, model: nn.Module) -> None:
+        self.policy.attach(model)
+
+    def disarm(self) -> None:
+        self._mixed = False
+        self.policy.disarm()
 
     def set_progress(self, fraction: float) -> None:
         fraction = _check.between("Scheduled", "fraction", fraction, 0.0, 1.0)
@@ -206,13 +225,16 @@ class NoMixing(Policy):
         return MixPlan.identity(x.shape[0], x.device)
 
 
-def mixes_by_plan(policy: Policy) -> bool:
-    """Whether a policy is its plans: none of its own forward, labels, or loss."""
+def more_than_plans(policy: Policy) -> Policy | None:
+    """The policy, or one inside it, that does more than its plans say: has a forward, labels or a loss of its own."""
     known = (Policy, RandomChoice, Scheduled)
     own = ("forward", "relabel", "loss")
-    return policy.by_rows and all(
-        any(getattr(type(policy), name) is getattr(cls, name) for cls in known) for name in own
-    )
+    for part in reversed([module for module in policy.modules() if isinstance(module, Policy)]):
+        if not part.by_rows or any(
+            all(getattr(type(part), name) is not getattr(cls, name) for cls in known) for name in own
+        ):
+            return part
+    return None
 
 
 def combine(plans: list[MixPlan], choice: Tensor, x: Tensor) -> MixPlan:

@@ -12,11 +12,11 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix.kernels.transport import block_of, show_blocks
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, cpu_generator, move
-from hardmix.mixing.gradients import check_model, input_saliency
+from hardmix.mixing.gradients import input_saliency
 from hardmix.mixing.optimal import block_shares, check_blocks
 from hardmix.mixing.plan import MixPlan
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
 
 #: The cost of what is not allowed. No other one comes near it.
@@ -44,7 +44,7 @@ class JointPlan(NamedTuple):
     objective: Tensor
 
 
-class CoMixup(Policy):
+class CoMixup(AskingPolicy):
     """Co-Mixup: as many mixed images as there are inputs, each put together from the salient blocks of several.
 
         x~_j = sum_i z_ji x_i,   z_ji(p) in {0, 1/2, 1} on a B x B grid of n blocks,  sum_i z_ji(p) = 1
@@ -107,9 +107,8 @@ class CoMixup(Policy):
         part: int = 20,
         rounds: int = 2,
     ) -> None:
-        super().__init__(alpha=alpha)
+        super().__init__(model, alpha=alpha)
         who = "CoMixup"
-        self._model = (check_model(who, model),)  # in a tuple, so that its weights don't become the policy's
         self.blocks = check_blocks(who, blocks)
         self.beta = _check.non_negative(who, "beta", beta)
         self.gamma = _check.non_negative(who, "gamma", gamma)
@@ -170,7 +169,7 @@ class CoMixup(Policy):
         rows, valid = parts_of(x.shape[0], self.part)  # (P, m)
         start = torch.rand(*rows.shape, grid[0] * grid[1], generator=generator)
         log_weight = _log_dirichlet(self.alpha, valid, generator)
-        saliency = input_saliency(self._model[0], x, y, who="CoMixup")
+        saliency = input_saliency(self._model(), x, y, who="CoMixup")
         with torch.no_grad():
             chosen = (start.double() * valid.sum(1).view(-1, 1, 1)).long()  # no float below 1 is rounded to it
             rows, valid, chosen = (move(value, x.device) for value in (rows, valid, chosen))

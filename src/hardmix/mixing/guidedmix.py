@@ -10,15 +10,15 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import PAIRINGS, LabelPairing, Pairing, move
 from hardmix.mixing.plan import MixPlan
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.saliency import blur_axis, check_saliency, saliency_map
 
 _RESIZE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-class GuidedMix(Policy):
+class GuidedMix(AskingPolicy):
     """GuidedMixup: two images share each pixel as their saliencies do, and are paired so that these collide little.
 
         s_i = saliency of x_i, resized to the image, blurred, divided by its sum
@@ -57,11 +57,10 @@ class GuidedMix(Policy):
     ) -> None:
         who = "GuidedMix"
         _check.choice(who, "pairing", pairing, ("greedy", *PAIRINGS))
-        super().__init__(pairing=_Greedy() if pairing == "greedy" else pairing)
+        super().__init__(model, pairing=_Greedy() if pairing == "greedy" else pairing)
         if saliency is None:
             raise TypeError(f"{who}: saliency is None; pass a function of the batch, or the name of a map.")
         self.saliency = check_saliency(who, saliency, model)
-        self._model = (model,)  # in a tuple, so that its weights don't become the policy's
         self.blur = _check.integer(who, "blur", blur, 0)
 
     def extra_repr(self) -> str:
@@ -69,7 +68,7 @@ class GuidedMix(Policy):
         return f"saliency={name}, blur={self.blur}, pairing={str(self.pairing)!r}"
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
-        share = self._shares(saliency_map("GuidedMix", self.saliency, self._model[0], x, y), tuple(x.shape[2:]))
+        share = self._shares(saliency_map("GuidedMix", self.saliency, self.asked, x, y), tuple(x.shape[2:]))
         drawn = pairing.partner.shape[0] > 0
         partner = move(pairing.partner, x.device) if drawn else greedy_cycle(share.flatten(1))
         total = share + share.index_select(0, partner)

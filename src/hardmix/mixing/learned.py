@@ -16,10 +16,11 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hardmix import _check
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, draw_partner, move
+from hardmix.mixing.gradients import check_model, model_input
 from hardmix.mixing.mask_block import CrossMask, ScaledCrossMask
 from hardmix.mixing.plan import MixPlan
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
 
 #: How far a mask's mean may be from lambda before the area loss counts it (the papers' epsilon).
@@ -144,7 +145,7 @@ class Teacher(nn.Module):
         return found[-1]
 
 
-class LearnedPolicy(Policy):
+class LearnedPolicy(AskingPolicy):
     """What learned policies share: the teacher, and its tie to the model that is trained.
 
     Args:
@@ -156,6 +157,7 @@ class LearnedPolicy(Policy):
     """
 
     min_ndim = max_ndim = 4
+    pickles_model = False
     #: the mask generator
     block: nn.Module
 
@@ -172,7 +174,7 @@ class LearnedPolicy(Policy):
         per: str,
         pairing: str | None,
     ) -> None:
-        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         who = type(self).__name__
         self.momentum = _check.between(who, "momentum", momentum, 0.0, 1.0)
         self.margin = _check.between(who, "margin", margin, 0.0, 1.0)
@@ -181,7 +183,6 @@ class LearnedPolicy(Policy):
             raise TypeError(f"{who}: layer is {layer!r}; pass the name of a submodule, or an empty string.")
         self._progress = 0.0
         self._pending: Any = None
-        self.attach(model)
         self.teacher = Teacher(who, model, layer, input_shape)
 
     def extra_repr(self) -> str:
@@ -192,17 +193,16 @@ class LearnedPolicy(Policy):
 
     def attach(self, model: nn.Module) -> None:
         """Follow `model` from now on: the one to train beside a copied or unpickled policy."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{type(self).__name__}: model is a {type(model).__name__}; pass a torch.nn.Module.")
-        teacher = self._modules.get("teacher")
-        if isinstance(teacher, Teacher) and [t.shape for t in _tensors(teacher.model)] != [
-            t.shape for t in _tensors(model)
-        ]:
+        check_model(type(self).__name__, model)
+        if [t.shape for t in _tensors(self.teacher.model)] != [t.shape for t in _tensors(model)]:
             raise ValueError(
                 f"{type(self).__name__}: model has other tensors than the one that the policy was made for; pass that "
                 "one, or make a policy for this one."
             )
-        self._model = (model,)  # in a tuple, where nn.Module does not look for submodules
+        super().attach(model)
+
+    def disarm(self) -> None:
+        self._pending = None
 
     def set_progress(self, fraction: float) -> None:
         """The share of the training that is done, which the teacher's momentum depends on."""
@@ -210,14 +210,21 @@ class LearnedPolicy(Policy):
 
     def after_step(self) -> None:
         """Let the teacher follow: theta <- m theta + (1 - m) theta_model, 1 - m = (1 - momentum) (1 + cos pi t) / 2."""
-        if not self._model:
-            raise RuntimeError(f"{type(self).__name__}: this policy is a copy without its model; call attach(model).")
+        model = self._model()
         rate = (1.0 - self.momentum) * (1.0 + math.cos(math.pi * self._progress)) / 2.0
-        self.teacher.follow(self._model[0], rate)
+        self.teacher.follow(model, rate)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles go without the model, which a copy would only look at from afar, and the last batch."""
-        return {**self.__dict__, "_model": (), "_pending": None}
+        """Copies and pickles go without the last batch."""
+        return {**self.__dict__, "_pending": None}
+
+    def _clean_loss(
+        self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor], x: Tensor, y: Tensor, kind: str
+    ) -> Tensor:
+        """The model's loss on the clean batch, in a forward of its own."""
+        model = self._model()
+        logits = model(model_input(type(self).__name__, model, x))
+        return criterion(logits, MixPlan.identity(x.shape[0], x.device).target(y, kind=kind))
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(maps, logits) of the clean batch, the maps in the dtype of the mask block."""
@@ -251,12 +258,12 @@ class AutoMix(LearnedPolicy):
         x~ = m_a x_a + (1 - m_a) x_b,   m_a = mask_block(f(x_a), f(x_b), lam),   f a layer of the teacher
 
         policy.loss = criterion(teacher(x~'), lam' y_a + (1 - lam') y_b)
-                      + mask_weight mean_i max(|mean m_a - lam'| - 0.1, 0)
+                      + mask_weight mean_i max(|mean m_a - lam'| - 0.1, 0) + clean criterion(model(x), y)
         teacher <- m teacher + (1 - m) model after each step,   m from `momentum` to 1 along half a cosine
 
     Each batch is mixed twice, with two draws of lambda and partner: once for the model, on a mask without a graph, and
-    once (x~', lam') for the mask block, through the frozen teacher. So the model's parameters get no gradient from
-    `policy.loss` and the mask block's none from the model's loss. The mask block: `CrossMask`.
+    once (x~', lam') for the mask block, through the frozen teacher. So the mask block gets no gradient from the loss of
+    the mixed batch, and the model none from `policy.loss` but that of the clean batch. The mask block: `CrossMask`.
 
         mix = AutoMix(model)
         optimizer = SGD([*model.parameters(), *(p for p in mix.parameters() if p.requires_grad)], lr=0.1)
@@ -276,6 +283,7 @@ class AutoMix(LearnedPolicy):
         momentum: m at the start; 1 keeps the teacher as it is.
         mask_weight: weight of the area loss.
         margin: rows with lam <= margin or 1 - lam <= margin are mixed as a whole, as in Mixup, for the model.
+        clean: weight of the model's own loss on the clean batch, one more forward and backward; 0: none.
         embed_lam, upsample: see `CrossMask`.
         label: the share that labels get: "mask", the mean of the mask that the pixels were mixed with; or "drawn", the
             lambda that the mask was asked for, as in the paper. The mask block is trained with the drawn one.
@@ -285,16 +293,18 @@ class AutoMix(LearnedPolicy):
     one class get a mask like all others. NaN in the maps, from a model that has diverged, gives NaN masks.
     The policy keeps a reference to `x` until `loss` has been called: don't write into it before. `loss` is None where
     nothing was mixed since. Batch normalisation in the teacher: see `Teacher`.
-    Cost: two forward passes of the teacher, one of them without a graph, and one backward to its input, so a step takes
-    two to three times as long. The memory of a second model, and of one forward.
+    Cost: two forward passes of the teacher, one of them without a graph, and one backward to its input, and the model's
+    own forward and backward of the clean batch, so a step takes some three times as long. The memory of a second model,
+    and of two forwards.
     Raises:
         ValueError: an unknown layer, one that is no map, a model that does not take `input_shape` or can't be copied, a
             setting out of range.
         TypeError: integer images.
-    Reference: Liu et al. 2022, section 3 (arXiv:2103.13027). The paper adds a cross entropy of the clean batch, which
-    is the loop's to add. The released code draws one lambda for a batch, compares its mean area with it, counts the
-    teacher's batches into its running statistics, starts to raise the momentum after a tenth of the training and ends
-    at 0.999999, leaves lambda out of the maps on small images, and starts the mask block with smaller weights.
+    Reference: Liu et al. 2022, section 3 (arXiv:2103.13027). The weight of the clean batch is that of the released
+    code, which has a classifier of its own for it, where here the model has one. It draws one lambda for a batch,
+    compares its mean area with it, counts the teacher's batches into its running statistics, starts to raise the
+    momentum after a tenth of the training and ends at 0.999999, leaves lambda out of the maps on small images, and
+    starts the mask block with smaller weights.
     """
 
     def __init__(
@@ -307,6 +317,7 @@ class AutoMix(LearnedPolicy):
         momentum: float = 0.999,
         mask_weight: float = 0.1,
         margin: float = 0.08,
+        clean: float = 1.0,
         embed_lam: bool = True,
         upsample: str = "nearest",
         label: str = "mask",
@@ -324,6 +335,7 @@ class AutoMix(LearnedPolicy):
             per=per,
             pairing=pairing,
         )
+        self.clean = _check.non_negative(type(self).__name__, "clean", clean)
         self.mask_weight = _check.non_negative(type(self).__name__, "mask_weight", mask_weight)
         self.block = CrossMask(self.teacher.channels, embed_lam=embed_lam, upsample=upsample)
         self.block.to(self.teacher.like.device)
@@ -352,7 +364,8 @@ class AutoMix(LearnedPolicy):
         return plan.blend(x), target
 
     def loss(self, criterion: Callable[[Tensor, MixedTarget | Tensor], Tensor]) -> Tensor | None:
-        """The mask block's loss on the batch that was mixed last, once: the next call returns None.
+        """The mask block's loss on the batch that was mixed last, and the model's on the clean one, once: the next call
+        returns None.
 
         Args:
             criterion: the objective, (logits, target) -> scalar.
@@ -366,7 +379,8 @@ class AutoMix(LearnedPolicy):
             mixed = MixPlan(partner, lam, mask).blend(x.detach().to(torch.promote_types(x.dtype, mask.dtype)))
         target = MixPlan(partner, lam, mask.detach()).target(y, kind=kind)
         area = self.mask_loss(mask, lam)
-        return criterion(self.teacher(mixed), target) + self.mask_weight * area
+        loss = criterion(self.teacher(mixed), target) + self.mask_weight * area
+        return loss + self.clean * self._clean_loss(criterion, x, y, kind) if self.clean else loss
 
     def mask_loss(self, mask: Tensor, lam: Tensor) -> Tensor:
         """mean_i max(|mean m_i - lam_i| - 0.1, 0) of masks (N, 1, H, W) and shares (N,)."""
@@ -384,11 +398,13 @@ class SAMix(AutoMix):
 
         policy.loss = criterion(teacher(x~'), lam' y_a + (1 - lam') y_b)
                       + mask_weight mean_i( max(|mean m_i - lam'_i| - .1, 0) - 2 Var m_i )
+                      + clean criterion(model(x), y)
 
     Var m_i is the mean squared deviation of a mask's pixels from their mean. The mask block: `ScaledCrossMask`.
 
     Args:
-        model, layer, input_shape, alpha, momentum, mask_weight, margin, label, per, pairing: see `AutoMix`.
+        model, layer, input_shape, alpha, momentum, mask_weight, margin, clean, label, per, pairing: see
+            `AutoMix`.
         upsample: "bilinear" or "nearest".
 
     Shapes, edges, cost and errors: as `AutoMix`.
@@ -408,6 +424,7 @@ class SAMix(AutoMix):
         momentum: float = 0.999,
         mask_weight: float = 0.1,
         margin: float = 0.08,
+        clean: float = 1.0,
         upsample: str = "bilinear",
         label: str = "mask",
         per: str = "sample",
@@ -421,6 +438,7 @@ class SAMix(AutoMix):
             momentum=momentum,
             mask_weight=mask_weight,
             margin=margin,
+            clean=clean,
             label=label,
             per=per,
             pairing=pairing,

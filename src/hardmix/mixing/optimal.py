@@ -13,17 +13,17 @@ from hardmix import _check
 from hardmix._math import wide
 from hardmix.kernels.graph_cut import grid_cut
 from hardmix.kernels.transport import blend_blocks, move_blocks, pool_blocks, spread_blocks, transport_blocks
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import LabelPairing, Pairing, move
-from hardmix.mixing.gradients import check_model, input_saliency
+from hardmix.mixing.gradients import input_saliency
 from hardmix.mixing.plan import MixPlan
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
 
 #: Images are compared across the border of two blocks in cells of at least this many pixels a side.
 _CELL = 4
 
 
-class PuzzleMix(Policy):
+class PuzzleMix(AskingPolicy):
     """PuzzleMix: a mask over blocks that keeps what is salient in either image, and blocks moved to where they show.
 
         s = sqrt(mean_c (dCE / dx)^2), summed over the blocks of a B x B grid and divided by its sum
@@ -81,9 +81,8 @@ class PuzzleMix(Policy):
         per: str = "sample",
         pairing: str | LabelPairing | None = None,
     ) -> None:
-        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         who = "PuzzleMix"
-        self._model = (check_model(who, model),)  # in a tuple, so that its weights don't become the policy's
         self.blocks = check_blocks(who, blocks)
         self.beta = _check.non_negative(who, "beta", beta)
         self.gamma = _check.between(who, "gamma", gamma, 0.0, 1.0)
@@ -101,7 +100,7 @@ class PuzzleMix(Policy):
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         blocks = self.blocks[int(torch.randint(len(self.blocks), (1,), generator=generator))]
         lam, partner = move(self._lam(pairing, generator), x.device), move(pairing.partner, x.device)
-        saliency = input_saliency(self._model[0], x, y, who="PuzzleMix")
+        saliency = input_saliency(self._model(), x, y, who="PuzzleMix")
         with torch.no_grad():
             grid = (min(blocks, x.shape[2]), min(blocks, x.shape[3]))
             share = block_shares(saliency, grid)

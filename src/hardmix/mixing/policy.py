@@ -107,6 +107,13 @@ class Policy(nn.Module):
         plan, target = self._plan_and_target(x, y, generator, kind)
         return plan.blend(x), target
 
+    def attach(self, model: nn.Module) -> None:
+        """Look at `model` from now on. Policies that look at none do nothing."""
+
+    def disarm(self) -> None:
+        """Take back a draw that was not trained with, for a step that is skipped on purpose. Policies that keep nothing
+        of a batch do nothing."""
+
     def set_progress(self, fraction: float) -> None:
         """Tell the policy how much of the training is done, from 0 to 1. Only a schedule listens (see `Scheduled`)."""
 

@@ -10,10 +10,10 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing
 from hardmix.mixing.gradients import check_model, input_saliency
 from hardmix.mixing.plan import MixPlan, full_box_share
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.static import cut_box, cut_side, whole_pixels
 
 #: The maps that have a name, beside any function of the batch.
@@ -22,7 +22,7 @@ SALIENCIES = ("spectral-residual", "input-gradient")
 _SIDE = 64
 
 
-class SaliencyMix(Policy):
+class SaliencyMix(AskingPolicy):
     """SaliencyMix: paste a box around the partner's most salient pixel.
 
         box as in CutMix, its centre at the maximum of the partner's saliency map;  lam = 1 - area / (H W)
@@ -49,9 +49,8 @@ class SaliencyMix(Policy):
         per: str = "sample",
         pairing: str | None = None,
     ) -> None:
-        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         self.saliency = check_saliency("SaliencyMix", saliency, model)
-        self._model = (model,)  # in a tuple, so that its weights don't become the policy's
 
     def extra_repr(self) -> str:
         name = self.saliency if isinstance(self.saliency, str) else None
@@ -61,7 +60,7 @@ class SaliencyMix(Policy):
         size = tuple(x.shape[2:])
         lam = self._lam(pairing, generator)
         plan = MixPlan(pairing.partner, lam, size=size, shift=pairing.shift).to(x.device)
-        saliency = saliency_map("SaliencyMix", self.saliency, self._model[0], x, y)
+        saliency = saliency_map("SaliencyMix", self.saliency, self.asked, x, y)
         at = saliency.flatten(1).argmax(1)  # (N,)
         places = []
         for length in reversed(saliency.shape[1:]):

@@ -9,15 +9,15 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import wide
 from hardmix.kernels.blend import box_mask
+from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, move, uniform
 from hardmix.mixing.gradients import check_layer, check_model, hidden_map
 from hardmix.mixing.plan import MixPlan, full_box_share
-from hardmix.mixing.policy import Policy
 from hardmix.mixing.static import cut_box, cut_side, whole_pixels
 from hardmix.mixing.target import MixedTarget
 
 
-class SnapMix(Policy):
+class SnapMix(AskingPolicy):
     """SnapMix: what stands in one box of the partner is resized into another box of the image.
 
         boxes a and b as in CutMix, drawn apart, of at least one pixel;  x~_i = x_i, in box a the pixels of x_j in box b
@@ -67,19 +67,24 @@ class SnapMix(Policy):
         per: str = "sample",
         pairing: str | None = None,
     ) -> None:
-        super().__init__(alpha=alpha, per=per, pairing=pairing)
+        super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         who = "SnapMix"
-        self._model = (check_model(who, model),)  # in a tuple, so that its weights don't become the policy's
-        self.layer = check_layer(who, "layer", model, layer)
-        self.head = check_layer(who, "head", model, head) or _last_linear(model)
-        if not isinstance(model.get_submodule(self.head), nn.Linear):
-            kind = type(model.get_submodule(self.head)).__name__
-            raise ValueError(
-                f"{who}: head names {self.head!r}, of the class {kind}; name the nn.Linear of the classes."
-            )
+        self.layer, self.head = layer, check_layer(who, "head", model, head) or _last_linear(model)
+        self.attach(model)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer!r}, head={self.head!r}, {super().extra_repr()}"
+
+    def attach(self, model: nn.Module) -> None:
+        """Read `model` from now on, which has a layer and a head of these names."""
+        check_layer("SnapMix", "layer", check_model("SnapMix", model), self.layer)
+        check_layer("SnapMix", "head", model, self.head)
+        if not isinstance(model.get_submodule(self.head), nn.Linear):
+            kind = type(model.get_submodule(self.head)).__name__
+            raise ValueError(
+                f"SnapMix: head names {self.head!r}, of the class {kind}; name the nn.Linear of the classes."
+            )
+        super().attach(model)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         size = tuple(x.shape[2:])
@@ -107,7 +112,7 @@ class SnapMix(Policy):
 
     def _class_activation(self, x: Tensor, y: Tensor | None) -> Tensor:
         """S, (N, 1, H, W) float32."""
-        who, (model,) = "SnapMix", self._model
+        who, model = "SnapMix", self._model()
         head = model.get_submodule(self.head)
         assert isinstance(head, nn.Linear)
         weight = _of_labels(who, head.weight.detach(), y, x)  # (N, D)

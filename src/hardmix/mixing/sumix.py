@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import wide
-from hardmix.mixing.choice import mixes_by_plan
+from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing
 from hardmix.mixing.gradients import check_model, model_input, undisturbed
 from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs
@@ -60,12 +60,11 @@ class SUMix(Policy):
         who = "SUMix"
         if not isinstance(policy, Policy):
             raise TypeError(f"{who}: policy is a {type(policy).__name__}; pass a mixing policy.")
-        for member in policy.modules():
-            if isinstance(member, Policy) and not mixes_by_plan(member):
-                raise ValueError(
-                    f"{who}: policy holds {type(member).__name__}, which does more than to plan and blend; pass one "
-                    "like CutMix."
-                )
+        if (inside := more_than_plans(policy)) is not None:
+            raise ValueError(
+                f"{who}: policy holds {type(inside).__name__}, which does more than to plan and blend; pass one like "
+                "CutMix."
+            )
         super().__init__(per=policy.per, pairing=policy.pairing)
         self.min_ndim, self.max_ndim = policy.min_ndim, policy.max_ndim
         self.policy = policy
@@ -76,7 +75,7 @@ class SUMix(Policy):
         self.classifier = classifier
         self._batch: _Batch | None = None
         self._state = _State()
-        self.attach(model)
+        self._put_hook(model)
         self.uncertainty: nn.Linear | None = None
         if self.weight:
             layer = self._classifier(model)
@@ -88,7 +87,11 @@ class SUMix(Policy):
         return f"weight={self.weight:g}, scale={self.scale:g}, classifier={self.classifier!r}"
 
     def attach(self, model: nn.Module) -> None:
-        """Look at `model` from now on, and no longer at the one before."""
+        """Look at `model` from now on, and no longer at the one before; so does the policy that mixes."""
+        self._put_hook(model)
+        self.policy.attach(model)
+
+    def _put_hook(self, model: nn.Module) -> None:
         check_model("SUMix", model)
         layer = self._classifier(model) if self.weight else None
         self.detach()
@@ -103,6 +106,11 @@ class SUMix(Policy):
             handle.remove()
         self._state = _State()
         self._batch = None
+
+    def disarm(self) -> None:
+        self._batch = None
+        self._state.armed, self._state.seen = False, None
+        self.policy.disarm()
 
     def set_progress(self, fraction: float) -> None:
         self.policy.set_progress(fraction)

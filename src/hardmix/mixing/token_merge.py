@@ -17,6 +17,7 @@ from hardmix.mixing.attention_policy import AttentionPolicy, logits_of, pixel_sh
 from hardmix.mixing.attention_reader import SOFTMAX, Attention, of_fused
 from hardmix.mixing.draw import Pairing, move
 from hardmix.mixing.field import largest
+from hardmix.mixing.gradients import model_input
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.static import Mixup
 from hardmix.mixing.target import MixedTarget
@@ -134,7 +135,9 @@ class MergeMix(AttentionPolicy):
         if self._base is None:
             return None
         (x, plan, target), self._base = self._base, None
-        return self.mixup * criterion(logits_of("MergeMix", self.tap.model(plan.blend(x))), target)
+        model = self.tap.model
+        logits = model(model_input("MergeMix", model, plan.blend(x)))
+        return self.mixup * criterion(logits_of("MergeMix", logits), target)
 
     def disarm(self) -> None:
         super().disarm()
@@ -154,8 +157,8 @@ class MergeMix(AttentionPolicy):
         merger = TokenMerger(self.merge, x.shape[0], len(blocks), lambda tokens: self.tap.grid(size, tokens))
         handles = [block.register_forward_hook(merger.close_block) for block in blocks[:-1]]
         try:
-            with merger:  # which the compiler of a compiled model would not ask about each function
-                torch.compiler.disable(self.tap.run)(x, autocast=self._autocast)
+            with merger:
+                self.tap.run(x, autocast=self._autocast)
         except RuntimeError as error:
             if merger.place is None or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise

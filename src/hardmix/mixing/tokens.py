@@ -126,6 +126,10 @@ class TokenMix(AttentionPolicy):
             )
         return target._replace(weights=self._weights.to(target.weights.dtype))
 
+    def disarm(self) -> None:
+        super().disarm()
+        self._drawn = self._weights = None
+
     def _maps(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Grid]:
         if self.activation is None:
             _, found, grid = self._measure(x)

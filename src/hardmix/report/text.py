@@ -163,6 +163,7 @@ TITLES = {
     "tl-align": "TL-Align",
     "mergemix": "MergeMix",
     "sumix": "SUMix",
+    "supermix": "SuperMix",
     "random-choice": "a random choice of policies",
     "scheduled": "a scheduled policy",
     "none": "no mixing",

@@ -290,6 +290,9 @@ class _Run:
             average_gradients(beside.parameters())
         if train.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+            if learnt := [] if beside is None else [p for p in beside.parameters() if p.requires_grad]:
+                # By itself, so that neither scales the other's step; fp16's scale was taken off all gradients above.
+                nn.utils.clip_grad_norm_(learnt, train.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:

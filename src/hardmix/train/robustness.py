@@ -328,8 +328,7 @@ def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held
         target = MixedTarget(y[:, None], torch.ones_like(y[:, None], dtype=torch.float32))
         if task.policy is not None:
             x, target = task.policy(x, y, generator=draws)
-            for policy in hidden:
-                policy.disarm()
+            task.policy.disarm()
         logits = predict(model, x, device=run.device).to(run.device)
         right += mixed_accuracy(logits, target).item() * len(index)
         possible += _largest_share(target).sum().item()

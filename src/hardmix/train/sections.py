@@ -172,7 +172,11 @@ class TrainSection(Section):
     weight_decay: Float = Field(5e-4, ge=0.0, description="of matrices and filters; norms and biases have none")
     momentum: Float = Field(0.9, ge=0.0, lt=1.0, description="of SGD")
     warmup_epochs: Float = Field(1.0, ge=0.0, description="epochs in which the learning rate rises linearly")
-    clip_norm: Float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    clip_norm: Float = Field(
+        0.0,
+        ge=0.0,
+        description="largest gradient norm, of the model and of a policy that learns each by itself; 0: no clipping",
+    )
     accumulate: int = Field(1, ge=1, description="parts that a batch is split into, one backward each")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay fp32")
     ema: Float = Field(0.0, ge=0.0, lt=1.0, description="decay of the averaged weights that are evaluated; 0: off")

@@ -1,0 +1,150 @@
+"""Policies that ask a model: what their copies and their pickles ask."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hardmix.mixing import (
+    AdAutoMix,
+    AttentiveMix,
+    AutoMix,
+    CoMixup,
+    GuidedMix,
+    Policy,
+    PuzzleMix,
+    RandomChoice,
+    SaliencyMix,
+    Scheduled,
+    SMMix,
+    SnapMix,
+    SUMix,
+    TransMix,
+)
+from hardmix.mixing.asking import AskingPolicy
+from mixing.cases import rng
+from mixing.vits import tiny_vit
+
+ASKING: dict[str, Callable[[nn.Module], AskingPolicy]] = {
+    "attentivemix": lambda model: AttentiveMix(model, grid=2, cells=1),
+    "snapmix": SnapMix,
+    "guidedmix": lambda model: GuidedMix(model, saliency="input-gradient"),
+    "saliencymix": lambda model: SaliencyMix(saliency="input-gradient", model=model),
+    "puzzlemix": lambda model: PuzzleMix(model, blocks=[2]),
+    "co-mixup": lambda model: CoMixup(model, blocks=[2]),
+}
+FOLLOWING: dict[str, Callable[[nn.Module], AskingPolicy]] = {
+    "automix": lambda model: AutoMix(model, input_shape=(3, 8, 8)),
+    "adautomix": lambda model: AdAutoMix(model, input_shape=(3, 8, 8)),
+}
+ALL = ASKING | FOLLOWING
+X, Y = torch.rand(4, 3, 8, 8, generator=rng()), torch.arange(4)
+
+
+class Net(nn.Sequential):
+    """Counts its forwards."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def asks(policy: Policy, model: Net) -> bool:
+    """Whether a step of the policy runs `model`."""
+    before = model.calls
+    policy(X, Y, generator=rng(1))
+    policy.loss(lambda logits, target: logits.mean())
+    return model.calls > before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_asks_the_same_model_or_the_one_that_is_copied_with_it(name: str) -> None:
+    model = Net()
+    policy = ALL[name](model)
+    assert asks(policy, model)
+    assert asks(copy.deepcopy(policy), model)
+    assert asks(copy.copy(policy), model)
+    other, twin = copy.deepcopy([nn.ModuleList([model]), policy])
+    assert other[0] is not model
+    assert asks(twin, other[0])
+    assert not asks(twin, model)
+    assert asks(policy, model)
+    inside = copy.deepcopy(RandomChoice([Scheduled(policy)]))
+    assert asks(inside, model)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pickles(name: str) -> None:
+    """A pickle holds the model, but not where it has to be the one that is trained."""
+    policy = ALL[name](Net())
+    alone = pickle.loads(pickle.dumps(policy))
+    assert (alone.asked is None) == (name in FOLLOWING)
+    if name in ASKING:
+        assert asks(alone, alone.asked)
+        model, twin = pickle.loads(pickle.dumps([policy.asked, policy]))
+        assert asks(twin, model)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_attach_names_another_model(name: str) -> None:
+    model, other = Net(), Net()
+    policy = ALL[name](model)
+    policy(X, Y)
+    policy.attach(other)
+    assert asks(policy, other)
+    assert not asks(policy, model)
+    assert not any(part is other for part in policy.modules())
+    with pytest.raises(TypeError, match=rf"{type(policy).__name__}: model is a str; pass a torch\.nn\.Module"):
+        policy.attach("net")
+
+
+def test_names_have_to_be_those_of_the_new_model() -> None:
+    snap, attentive = SnapMix(Net(), layer="0", head="3"), AttentiveMix(Net(), layer="0")
+    with pytest.raises(ValueError, match="SnapMix: layer names '0', which the model does not have"):
+        snap.attach(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="SnapMix: head names '3', of the class ReLU"):
+        snap.attach(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()))
+    with pytest.raises(ValueError, match="AttentiveMix: layer names '0', which the model does not have"):
+        attentive.attach(nn.Linear(2, 2))
+    assert asks(snap, snap.asked)  # as it was
+
+
+def test_combinations_attach_and_disarm_what_they_hold() -> None:
+    model, other = tiny_vit(), tiny_vit(1)
+    x = torch.rand(4, 3, 32, 32, generator=rng())
+    inner = [TransMix(model), SMMix(model), AutoMix(model)]
+    for policy, one in [(RandomChoice([p]), p) for p in inner] + [(Scheduled(p), p) for p in inner]:
+        policy(x, Y)
+        policy.disarm()
+        assert policy.loss(lambda logits, target: logits.mean()) is None
+        policy(x, Y)  # no draw is left that waits
+        policy.disarm()
+        twin = copy.deepcopy(policy)
+        twin.attach(other)
+        twin(x, Y)
+        held = next(part for part in twin.modules() if type(part) is type(one))
+        assert (held.asked if isinstance(held, AutoMix) else held.tap.model) is other
+    net, new = Net(), Net()
+    inner = SnapMix(net)
+    assert not Scheduled(inner).by_rows
+    assert not RandomChoice([None, Scheduled(inner)]).by_rows
+    assert Scheduled(SaliencyMix()).by_rows
+    asked = SaliencyMix(saliency="input-gradient", model=net)
+    mix = SUMix(net, asked)
+    other = SUMix(new, asked)  # leaves it the model that it has
+    assert asked.asked is net
+    other.attach(new)
+    assert asked.asked is new
+    mix(X, Y)
+    mix.disarm()
+    with pytest.raises(RuntimeError, match="SUMix: relabel has no batch"):
+        mix.relabel(torch.zeros(4, 4), None)
