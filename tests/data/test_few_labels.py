@@ -719,6 +719,12 @@ def test_a_validation_split_is_cut_out_before_files_are_compared(tmp_path: Path)
     shutil.copy(ids(data.train)[0], tmp_path / "labelled" / "emu" / "copy.png")
     with pytest.raises(ValueError, match=r"1 of 10 unlabelled files are also in the validation split"):
         load_few_labels(tmp_path, validation=0.2, seed=1)
+    (tmp_path / "unlabelled" / "copy.png").unlink()
+    for seed in range(8):  # a labelled file and its copy are never on two sides
+        cut = load_few_labels(tmp_path, validation=0.4, seed=seed)
+        contents = [{Path(file).read_bytes() for file in ids(part)} for part in (cut.train, cut.validation)]
+        assert contents[0].isdisjoint(contents[1])
+        assert len(cut.train) + len(cut.validation) == 16
     assert load_few_labels(four_folders(tmp_path / "own"), validation=0.2).validation.labels.tolist() == [0]
 
 

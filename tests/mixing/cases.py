@@ -36,6 +36,7 @@ from hardmix.mixing import (
     SmoothMix,
     SnapMix,
     SUMix,
+    SuperMix,
     TLAlign,
     TokenMix,
     TransMix,
@@ -97,6 +98,7 @@ MODELLED: dict[str, Modelled] = {
     "saliencymix-gradient": Modelled(lambda model, per: SaliencyMix(saliency="input-gradient", model=model, per=per)),
     "puzzlemix": Modelled(lambda model, per: PuzzleMix(model, blocks=[2, 3], per=per)),
     "co-mixup": Modelled(lambda model, per: CoMixup(model, blocks=[3], rounds=1), pairs=False),
+    "supermix": Modelled(lambda model, per: SuperMix(model, steps=3), pairs=False),
     "automix": Modelled(lambda model, per: AutoMix(model, input_shape=(3, 16, 16), per=per), learns=True),
     "samix": Modelled(lambda model, per: SAMix(model, input_shape=(3, 16, 16), per=per), learns=True),
     "adautomix": Modelled(

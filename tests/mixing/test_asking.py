@@ -20,10 +20,12 @@ from hardmix.mixing import (
     PuzzleMix,
     RandomChoice,
     SaliencyMix,
+    SAMix,
     Scheduled,
     SMMix,
     SnapMix,
     SUMix,
+    SuperMix,
     TransMix,
 )
 from hardmix.mixing.asking import AskingPolicy
@@ -37,9 +39,11 @@ ASKING: dict[str, Callable[[nn.Module], AskingPolicy]] = {
     "saliencymix": lambda model: SaliencyMix(saliency="input-gradient", model=model),
     "puzzlemix": lambda model: PuzzleMix(model, blocks=[2]),
     "co-mixup": lambda model: CoMixup(model, blocks=[2]),
+    "supermix": lambda model: SuperMix(model, steps=1),
 }
 FOLLOWING: dict[str, Callable[[nn.Module], AskingPolicy]] = {
     "automix": lambda model: AutoMix(model, input_shape=(3, 8, 8)),
+    "samix": lambda model: SAMix(model, input_shape=(3, 8, 8)),
     "adautomix": lambda model: AdAutoMix(model, input_shape=(3, 8, 8)),
 }
 ALL = ASKING | FOLLOWING
@@ -80,6 +84,16 @@ def test_a_copy_asks_the_same_model_or_the_one_that_is_copied_with_it(name: str)
     assert asks(policy, model)
     inside = copy.deepcopy(RandomChoice([Scheduled(policy)]))
     assert asks(inside, model)
+    behind = ALL[name](nn.Sequential(model))  # a part of what is asked is copied too
+    other, twin = copy.deepcopy([model, behind])
+    assert asks(twin, other)
+    assert not asks(twin, model)
+
+
+@pytest.mark.parametrize("name", ["snapmix", "puzzlemix", "co-mixup", "supermix", "attentivemix", *FOLLOWING])
+def test_a_model_is_needed(name: str) -> None:
+    with pytest.raises(TypeError, match="model is a NoneType; pass a torch"):
+        ALL[name](None)
 
 
 @pytest.mark.parametrize("name", ALL)

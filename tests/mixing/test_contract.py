@@ -387,7 +387,7 @@ def test_invariants_with_a_model(name: str) -> None:
             assert (target.weights.sum(1) - 1).abs().max() <= 1e-6
             assert bool(((target.weights >= 0) & (target.weights <= 1)).all())
         if not case.pairs:
-            with pytest.raises(NotImplementedError, match=r"(rows|samples)"):
+            with pytest.raises(NotImplementedError, match=r"(rows|samples|images)"):
                 policy.plan(x, y)
             continue
         plan = policy.plan(x, y, generator=rng(5))

@@ -451,6 +451,36 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(policy(x, y, generator=rng())[0], mixed)
 
 
+def test_the_training_forward_casts_its_weights_again(monkeypatch) -> None:
+    """As autocast did before torch 2.10: a cast without a graph is handed out again until the cache is cleared."""
+    kept: dict[str, Tensor] = {}
+    monkeypatch.setattr(torch, "clear_autocast_cache", kept.clear)
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3 * 8 * 8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double().flatten(1) @ kept.setdefault("weight", self.linear.weight.double()).T
+
+    model = Cached()
+    mixed, _ = SuperMix(model, steps=2)(torch.rand(4, 3, 8, 8, generator=rng()), torch.arange(4), generator=rng())
+    model(mixed).sum().backward()
+    assert model.linear.weight.grad is not None
+
+
+def test_labels_without_a_class_ask_for_none() -> None:
+    model, x = net(), images(4)
+    policy = SuperMix(model, steps=3, classes="given")
+    with torch.no_grad():
+        count = model(x).shape[1]
+    rows = torch.zeros(4, count)
+    rows[1:] = torch.eye(count)[:3]
+    wanted = policy._wanted(x, rows, torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]), torch.full((4, 2), 0.5))[1]
+    assert wanted.sum(1).tolist() == [1, 2, 2, 1]
+
+
 def test_copies_and_pickles() -> None:
     model, x, y = net(), images(5), labels(5)
     policy = SuperMix(model, steps=4)

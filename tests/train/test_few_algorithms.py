@@ -14,12 +14,14 @@ from PIL import Image
 from hardmix import tables
 from hardmix.data import load_images, train_validation_split
 from hardmix.semi.co_tuning import category_relationship, learned_relationship
+from hardmix.train import loop
 from hardmix.train.errors import Interrupted, RecipeError
 from hardmix.train.evaluate import evaluate_run
 from hardmix.train.few_start import source_model, source_probs, source_relationship
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import check_recipe, load_recipe
 from hardmix.train.seeds import derive
+from hardmix.train.start import prepare_start
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.few_labels import FewLabels
 
@@ -186,7 +188,15 @@ def test_co_tuning_is_measured_and_goes_on_without_its_start_and_the_data_of_tha
             run_recipe(plan, tmp_path / "parts")
     shutil.rmtree(place)
     assert evaluate_run(tmp_path / "whole")["test"] == summary["test"]
+    build, shapes = loop.build_optimizer, []
+
+    def build_with_room(model, recipe, *beside):
+        shapes.extend(p.shape for p in model.parameters())
+        return build(model, recipe, *beside)
+
+    monkeypatch.setattr(loop, "build_optimizer", build_with_room)  # the size is right before anything is wrapped
     assert run_recipe(plan, tmp_path / "parts", resume=True)["test"] == summary["test"]
+    assert (5,) in shapes
 
 
 def test_a_model_that_does_not_fit_its_start_is_told_before_the_start_is_trained(tmp_path, start):
@@ -226,6 +236,9 @@ def test_a_run_is_read_again_whatever_its_start_has_become(tmp_path):
     for text in (before.read_text().replace("4", "8"), "not a recipe"):
         before.write_text(text)
         assert load_recipe(str(tmp_path / "saved.toml")) == plan
+    before.write_text('[data]\nname = "digits"\n[model]\nname = "small-cnn"\noptions = { width = 8 }\n')
+    with pytest.raises(ValueError, match=r"there and \(4, 1, 3, 3\) here"):  # before the start is trained
+        prepare_start(load_recipe(str(tmp_path / "saved.toml")))
     before.unlink()
     assert load_recipe(str(tmp_path / "saved.toml")) == plan
 

@@ -202,6 +202,7 @@ def test_it_starts_from_a_classifier_without_its_head(tmp_path):
         ({"semi": {"algorithm": {"name": "bss", "head": 3}}}, "head is 3; name a layer"),
         ({"semi": {"algorithm": {"name": "co-tuning", "weight": -1.0}}}, "weight is -1.0"),
         ({"semi": {"algorithm": {"name": "co-tuning", "relationship": "learnt"}}}, "there are direct, learned"),
+        ({"semi": {"algorithm": {"name": "co-tuning", "relationship": 3}}}, "relationship is 3; name one of direct,"),
         ({"semi": {"algorithm": {"name": "bss", "relationship": "direct"}}}, "unknown option"),
         ({"tune": {"start": "few-transfer-start"}, "train": {"epochs": 0}}, "it would measure chance"),
         ({"semi": {"pair_weight": 1.0}}, "semi.pair_weight is of mixed pairs, and nothing is mixed"),

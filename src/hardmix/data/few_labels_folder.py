@@ -82,9 +82,9 @@ def load_few_labels(
         allow_overlap: don't stop where unlabelled files are the same, byte by byte, as labelled, test or validation
             files, or labelled files as test or validation files; it is recorded in `overlap`.
         include_labelled: count the labelled images as unlabelled, too, before the others.
-        validation: without `path/val`, the share of the labelled images, those for testing taken off, that is the
-            validation split, see `train_validation_split`; 0 for none.
-        seed: which ones.
+        validation: where no folder makes the validation split, the share of the labelled images, those for testing
+            taken off, that does, see `train_validation_split`; 0 for none.
+        seed: which ones. Of labelled files that are the same byte by byte, cut apart, all stay for training.
 
     Returns:
         `train` holds the labelled images. Mean and deviation are those of labelled and unlabelled images together, with
@@ -137,11 +137,11 @@ def load_few_labels(
     kept, rest = torch.arange(len(train.paths)), torch.arange(len(train.paths), len(both))
     sets = {split: images(*listing) for split, listing in listings.items() if split != "train"}
     if "test" not in sets:
-        kept, tested = _cut_test(path, both.labels[kept], names)
+        kept, tested = _together(train.paths, *_cut_test(path, both.labels[kept], names))
         sets["test"] = both.subset(tested)
     measured = both.subset(torch.cat([kept, rest]))
     if validation and "validation" not in sets:
-        kept, held = _cut_validation(both.labels[kept], kept, validation, seed)
+        kept, held = _together(train.paths, *_cut_validation(both.labels[kept], kept, validation, seed))
         sets["validation"] = both.subset(held)
     data = both.subset(kept)
     parts = {"unlabelled": pool, "train": data.paths} | {split: images.paths for split, images in sets.items()}
@@ -380,10 +380,21 @@ def _cut_validation(labels: Tensor, rows: Tensor, share: float, seed: int) -> tu
     if len(rows) * share < 1 or int(size.min()) < 2:
         raise ValueError(
             f"{WHO}: validation={share:g} can't be cut from {len(rows)} labelled files, of which a class has "
-            f"{int(size.min())}; set it to 0, or add a val folder."
+            f"{int(size.min())}; set it to 0, or add files for validation."
         )
     train, held = train_validation_split(labels, share, seed=seed)
     return rows[train], rows[held]
+
+
+def _together(paths: Sequence[Path], kept: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """A cut of rows, with what is held out but the same, byte by byte, as what is kept put back to it."""
+    rows = kept.tolist() + held.tolist()
+    content = dict(zip(rows, in_threads(_content, [paths[row] for row in rows]), strict=True))
+    known = {content[row] for row in kept.tolist()}
+    twice = torch.tensor([content[row] in known for row in held.tolist()], dtype=torch.bool)
+    if not twice.any():
+        return kept, held
+    return torch.cat([kept, held[twice]]).sort().values, held[~twice]
 
 
 def _overlap(parts: dict[str, list[Path]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,8 @@ from hardmix.mixing.policy import Policy
 class Asked:
     """A model that somebody looks at from outside: no submodule of its holder, and not copied with it.
 
-    A deep copy holds the same model, or the copy of it that was made before in the same call of `copy.deepcopy`. A
-    pickle holds the model if `pickled` is set, else none.
+    A deep copy holds the same model, or a copy of it if that or a part of it was copied before in the same call of
+    `copy.deepcopy`. A pickle holds the model if `pickled` is set, else none.
 
     >>> import copy
     >>> model = nn.Linear(2, 2)
@@ -30,7 +31,10 @@ class Asked:
         self.model, self.pickled = model, pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
-        return Asked(memo.get(id(self.model), self.model), pickled=self.pickled)
+        model = self.model
+        if model is not None and any(id(part) in memo for part in model.modules()):
+            model = copy.deepcopy(model, memo)
+        return Asked(model, pickled=self.pickled)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": self.model if self.pickled else None}
@@ -39,12 +43,15 @@ class Asked:
 class AskingPolicy(Policy):
     """A policy that asks a model about each batch, or follows one. The model is no part of it: no parameters, no state.
 
-    A deep copy of the policy asks the same model, unless that is copied in the same call and before it: of
-    `copy.deepcopy([model, policy])` the second asks the first. A pickle of the policy holds the model, so that an
+    A deep copy of the policy asks the same model, unless that, or a part of it, is copied in the same call and before
+    it: of `copy.deepcopy([model, policy])` the second asks the first. A module that holds both registers the model
+    first, or its copy needs `attach`. A pickle of the policy holds the model, so that an
     unpickled one asks a model of its own; `pickle.dumps([model, policy])` keeps the two together. `attach` names
     another model.
     """
 
+    #: whether None may stand for a model
+    needs_model = True
     #: whether pickles hold the model. Where it has to be the one that is trained, another is of no use.
     pickles_model = True
 
@@ -58,8 +65,8 @@ class AskingPolicy(Policy):
     ) -> None:
         super().__init__(alpha=alpha, per=per, pairing=pairing)
         self._asked = Asked(None)
-        if model is not None:
-            AskingPolicy.attach(self, model)
+        if self.needs_model or model is not None:
+            AskingPolicy.attach(self, model)  # type: ignore[arg-type]  # refuses None
 
     @property
     def asked(self) -> nn.Module | None:

@@ -47,6 +47,8 @@ class GuidedMix(AskingPolicy):
     OpenMixup reads the partners' saliency and labels by a random pairing, computes the cycle and then drops it.
     """
 
+    needs_model = False
+
     def __init__(
         self,
         model: nn.Module | None = None,

@@ -40,6 +40,8 @@ class SaliencyMix(AskingPolicy):
     image of the batch for everybody's box; here every partner has its own map.
     """
 
+    needs_model = False
+
     def __init__(
         self,
         alpha: float = 1.0,

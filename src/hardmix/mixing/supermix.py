@@ -74,7 +74,9 @@ class SuperMix(AskingPolicy):
     tells who was recognised and after how many steps. `plan` is refused: a plan has one partner.
     Edges: N = 1 comes back as it is, with the weights (1, 0, ...), and the model isn't asked; with N < K partners
     repeat. Sources of one class ask for one class, and the objectives add its shares. A model that looks at nothing
-    leaves the masks at 1 / K. A gradient that is not finite moves nothing, and logits with NaN recognise nothing.
+    leaves the masks at 1 / K. Sources of all the classes that there are, as two of two, count as recognised after one
+    step, whatever the mixture shows, so the policy needs more classes than `sources`. A row of labels without a class
+    asks for none. A gradient that is not finite moves nothing, and logits with NaN recognise nothing.
     No gradient flows through the masks.
     Cost: not one forward and backward but up to `steps` of each, and a forward. Rows that are done leave: the model is
     asked with half the rows as soon as these hold all that are left, and so on, so that it meets few sizes of batch.
@@ -171,10 +173,13 @@ class SuperMix(AskingPolicy):
             return Search(Mixture(partner, own[None], masks), drawn, steps == 0, steps)
         model = self._model()
         with torch.autocast(device.type, enabled=False):
-            with undisturbed(model, batch_statistics=False):
-                pixels = model_input(who, model, x)
-                wanted, present = self._wanted(pixels, y, partner, drawn)
-                cells, recognised, steps = self._descend(pixels, partner, wanted, present)
+            try:
+                with undisturbed(model, batch_statistics=False):
+                    pixels = model_input(who, model, x)
+                    wanted, present = self._wanted(pixels, y, partner, drawn)
+                    cells, recognised, steps = self._descend(pixels, partner, wanted, present)
+            finally:
+                torch.clear_autocast_cache()  # weights cast without a graph must not serve the training forward
             masks = mask_shares(cells, size).to(torch.float32)
         share = mean_share(masks) if self.label == "mask" else drawn
         if self.unrecognised == "clean":
@@ -221,7 +226,7 @@ class SuperMix(AskingPolicy):
                     f'apart; pass class ids (N,) or rows (N, {count}), or classes="predicted".'
                 )
         hot = hot.to(wide(pixels.dtype))
-        present = (hot == hot.amax(1, keepdim=True))[partner].any(1)
+        present = ((hot == hot.amax(1, keepdim=True)) & (hot > 0))[partner].any(1)
         hot = hot / hot.sum(1, keepdim=True).clamp(min=torch.finfo(hot.dtype).tiny)
         return (drawn.to(hot.dtype)[..., None] * hot[partner]).sum(1), present
 
@@ -307,7 +312,7 @@ def newton_step(loss: Tensor, gradient: Tensor, sigma: float) -> Tensor:
         height, width = (_gaussian(length, sigma, gradient) for length in gradient.shape[2:])
         smooth = height @ gradient @ width
     along = (gradient * smooth).sum((1, 2, 3))
-    factor = (loss.abs() / (along + _FLOOR)).clamp(_SHORTEST, _LONGEST)
+    factor = (loss.abs() / (along + _FLOOR)).clamp(_SHORTEST, _LONGEST).to(gradient.dtype)
     step = -factor.view(-1, 1, 1, 1) * smooth
     return step.where(step.isfinite().all(3).all(2).all(1).view(-1, 1, 1, 1), 0.0)
 

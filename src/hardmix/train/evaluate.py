@@ -47,6 +47,7 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     task = TASKS[recipe.task](recipe, pretrained=False)
     if isinstance(task, Classification):
         task.check_files(folder)
+        task.make_room(folder)
     weights = measured_weights(saved.tensors)
     for name, module in task.modules().items():  # first, since a tokenizer knows best why weights don't fit
         if name in saved.tensors:

@@ -63,9 +63,12 @@ class SemiSection(Section):
     @field_validator("algorithm", mode="after")
     @classmethod
     def _known(cls, value: Component) -> Component:
-        if value.name == "co-tuning":
-            check_name("relationship", value.options.get("relationship", RELATIONSHIPS[0]), RELATIONSHIPS)
         try:
+            if value.name == "co-tuning":
+                asked = value.options.get("relationship", RELATIONSHIPS[0])
+                if not isinstance(asked, str):
+                    raise TypeError(f"relationship is {asked!r}; name one of {', '.join(RELATIONSHIPS)}")
+                check_name("relationship", asked, RELATIONSHIPS)
             check_algorithm(own_options(value))
             if not isinstance(value.options.get("head", ""), str):
                 raise TypeError(f"head is {value.options['head']!r}; name a layer of the model")
@@ -159,7 +162,7 @@ def _check_effects(recipe: Recipe) -> None:
     if "strong" in said and "strong" not in small_one(algorithm).views:
         raise ValueError(f'semi.strong makes strong views, of which "{algorithm.name}" takes none; leave it out')
     if semi.split:
-        if "include_labelled" in said:
+        if "include_labelled" in said and semi.include_labelled:
             raise ValueError("semi.split says which samples are unlabelled; leave semi.include_labelled out")
         if "validation" in recipe.data.model_fields_set and recipe.data.validation:
             raise ValueError(

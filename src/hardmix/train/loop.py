@@ -123,6 +123,8 @@ class _Run:
             )
         # Weights to start from are not needed by a run that has a checkpoint of its own.
         self.task = TASKS[recipe.task](recipe, pretrained=last is None).to(self.device)
+        if last is not None and isinstance(self.task, Classification):
+            self.task.make_room(folder)
         if recipe.train.channels_last and self.task.layout is not None:
             self.task.model.to(memory_format=self.task.layout)  # type: ignore[call-overload]
         optimizer = build_optimizer(self.task.model, recipe, *self._beside())

@@ -54,6 +54,10 @@ def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | N
         )
     if folder in _PREPARING:
         raise RunError(f"tune.start is {start}, which starts from itself; name another one.")
+    if recipe.task == "few-labels":
+        from hardmix.train.few_start import check_start  # it reads starts
+
+        check_start(recipe)
     _PREPARING.append(folder)
     try:
         run_recipe(before, folder, resume=True, progress=progress)

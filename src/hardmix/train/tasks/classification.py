@@ -118,6 +118,9 @@ class Classification:
     def write_files(self, folder: Path) -> None:
         """What the run folder holds besides; nothing."""
 
+    def make_room(self, folder: Path) -> None:
+        """Called before what a run has saved in `folder` is loaded, on all processes: sizes that only it knows."""
+
     def check_files(self, folder: Path) -> None:
         """That a run's samples are still those that it began with; they follow from its recipe."""
 

@@ -135,14 +135,16 @@ class FewLabels(Classification):
         write_text(folder / "split.json", self._record())
 
     def check_files(self, folder: Path) -> None:
-        """That a run's samples are still those that it began with; and room for what it has saved, where its start is
-        gone, which alone says how much that is."""
+        """That a run's samples are still those that it began with."""
         path = folder / "split.json"
         if path.is_file() and path.read_text("utf-8") != self._record():
             raise RunError(
                 f"{path} is another split than what {self.few.name} gives now, so what was trained on might be tested; "
                 "restore the data, or train into another --out."
             )
+
+    def make_room(self, folder: Path) -> None:
+        """For the classifier of Co-Tuning's start, where that is gone, which alone says how many classes it has."""
         if isinstance(self.algorithm, CoTuning):
             count = saved_classes(folder)
             if count and count != self.algorithm.source.out_features:
