@@ -453,6 +453,32 @@ def step_cost(name: str) -> str:
     )
 
 
+def puzzle_work() -> str:
+    """What PuzzleMix does besides asking the model, for each number of blocks, from the committed result file."""
+    command, found = "`python benchmarks/puzzle.py`", _result("puzzle.json").get("tables", [])
+    if not found:
+        return f"{command} times it; no result is committed yet."
+    by = {t["allocator"]: t["table"] for t in found}
+    heads = [f"work in copies, {name} allocator" for name in by]
+    rows = [
+        [
+            blocks,
+            *(f"{rows[blocks]['copies']:.1f}" for rows in by.values()),
+            f"{first['dense']:,.1f}",
+            *(f"{100 * first[key]:.2f} %" for key in ("gap_2", "gap_3")),
+        ]
+        for blocks, first in next(iter(by.values())).items()
+    ]
+    shape = found[0]["shape"].replace("x", " x ")
+    head = (
+        f"Measured by {command} on one thread of a CPU, {shape} images, the saliency given: all that\n"
+        "the policy does besides, in `copy_` of the batch; what moves would cost as dense matrices of all pairs, in\n"
+        "those by index; by how much cuts are dearer than those of maximum flow."
+    )
+    titles = ("blocks", *heads, "dense moves", "gap, 2 labels", "gap, 3 labels")
+    return f"{head}\n\n{table(titles, rows)}"
+
+
 def pair_cost(name: str) -> str:
     """Milliseconds and megabytes of an objective for pairs from the committed result file."""
     command, result = "`python benchmarks/image_text_loss.py`", _result("image_text.json")
@@ -617,6 +643,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{f"cost of {name}": partial(regression_cost, name) for name in REGRESSION_CASES},
     **{f"cost of {name}": partial(pair_cost, name) for name in PAIR_FORMS},
     **{f"cost of {name}": partial(step_cost, name) for name in STEPPED},
+    "work of puzzlemix": puzzle_work,
 }
 
 if __name__ == "__main__":
