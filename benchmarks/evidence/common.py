@@ -7,6 +7,7 @@ import csv
 import json
 import multiprocessing
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,9 +72,12 @@ def finished_runs(
 
 def measure_robustness(folders: Sequence[Path], workers: int) -> None:
     """robustness.json of every run that has none, `workers` runs at a time."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for number, _ in enumerate(pool.imap_unordered(_measure, folders), 1):
-            print(f"\rrobustness: {number} of {len(folders)} runs    ", end="", file=sys.stderr, flush=True)
+    try:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for number, _ in enumerate(pool.imap_unordered(_measure, folders), 1):
+                print(f"\rrobustness: {number} of {len(folders)} runs    ", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was measured is kept, the same command goes on.", signal.SIGINT) from None
 
 
 def _measure(folder: Path) -> None:

@@ -15,7 +15,7 @@ from hardmix.train.errors import Interrupted
 from train.conftest import tiny
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
-STUDIES = ("decoupled", "supremix", "m2mix", "semi")
+STUDIES = ("decoupled", "supremix", "m2mix", "semi", "policies")
 MODULES = ("common", "groups", "page", "plots", "run")
 
 
@@ -101,6 +101,46 @@ def test_methods_differ_in_policy_and_objective_alone(scripts, budget: str) -> N
         assert all(other == shared[0] for other in shared), name
         assert recipes[0].policy is None, name
         assert len({r.name for r in recipes}) == len(recipes)
+
+
+@of("policies")
+def test_runs_are_asked_about_spoilt_images_too(scripts, monkeypatch, tmp_path) -> None:
+    import run
+
+    monkeypatch.setattr(run, "groups", lambda budget: {"tiny": [tiny(name="none", policy=None), tiny(name="cutmix")]})
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    assert command(run, monkeypatch, tmp_path, "--seeds", "1") == 0
+    with open(tmp_path / "results" / "tiny.csv", newline="", encoding="utf-8") as file:
+        measured = {row["method"]: row for row in csv.DictReader(file)}
+    for method, row in measured.items():
+        folder = tmp_path / "runs" / "tiny" / method / "seed-0"
+        known = json.loads((folder / "robustness.json").read_text("utf-8"))["headline"]
+        assert {key: float(row[key]) for key in run.HEADLINE} == pytest.approx(
+            {key: known[key] for key in run.HEADLINE}, abs=1e-6
+        )
+
+
+@of("policies")
+@pytest.mark.parametrize("budget", ["small", "full"])
+def test_both_losses_meet_every_policy_at_the_same_settings(scripts, budget: str) -> None:
+    from groups import groups
+
+    from hardmix.tables import POLICIES
+
+    trained = set()
+    for name, recipes in groups(budget).items():
+        shared = [r.model_dump(exclude={"name", "policy", "objective"}) for r in recipes]
+        assert all(other == shared[0] for other in shared), name
+        by_name = {r.name: r for r in recipes}
+        assert by_name.pop("none").policy is None
+        for method, recipe in by_name.items():
+            policy, loss = method.rsplit("-", 1)
+            other = by_name[f"{policy}-{'dm' if loss == 'ce' else 'ce'}"]
+            assert recipe.policy == other.policy
+            assert recipe.objective != other.objective
+            trained.add(recipe.policy.name)
+    # augmix mixes no labels, the last two are made of others
+    assert trained == set(POLICIES) - {"augmix", "random-choice", "scheduled"}
 
 
 @of(*STUDIES)
