@@ -88,6 +88,11 @@ class Study(NamedTuple):
     def policies(self) -> list[str]:
         return [method.removesuffix(f"-{CE}") for method in self.runs if method.endswith(f"-{CE}")]
 
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """Those of MEASURES that its runs were asked for."""
+        return {key: measure for key, measure in MEASURES.items() if key in self.runs["none"]}
+
     def test(self, method: str, base: str, key: str = "top1") -> PairedTest:
         return paired_test(self.runs[method][key], self.runs[base][key])
 
@@ -133,7 +138,7 @@ def accuracy(study: Study) -> str:
 
 def measures(study: Study) -> str:
     """What is left of the accuracy where images are spoilt, and calibration, with cross entropy / with DM."""
-    keys = [key for key in MEASURES if key != "top1"]
+    keys = [key for key in study.measures if key != "top1"]
     lines = [["no mixing", *(with_half_width(study.runs["none"][key], MEASURES[key]) for key in keys)]]
     for name in study.policies:
         pairs = [[_mean(study.runs[f"{name}-{loss}"][key], MEASURES[key]) for loss in (CE, DM)] for key in keys]
@@ -149,7 +154,7 @@ def kinds(study: Study) -> str:
     """Means over the policies of a kind, seed by seed, and what they differ in: nothing is picked."""
     kind = {"static": list(STATIC), "dynamic": [*DYNAMIC, *TOKENS]}
     means = {
-        f"{title} {loss}": {key: _over(study, names, loss, key) for key in MEASURES}
+        f"{title} {loss}": {key: _over(study, names, loss, key) for key in study.measures}
         for title, names in kind.items()
         for loss in (CE, DM)
     }
@@ -160,10 +165,10 @@ def kinds(study: Study) -> str:
         ("static with DM - dynamic with CE", "static dm", "dynamic ce"),
     )
     rows: list[list[Cell]] = [
-        [(paired_test(means[a][key], means[b][key]), key) for key in MEASURES] for _, a, b in pairs
+        [(paired_test(means[a][key], means[b][key]), key) for key in study.measures] for _, a, b in pairs
     ]
     cells = columns_of_tests(rows, MEASURES)
-    heads = ["", *(heading for heading, _, _ in MEASURES.values())]
+    heads = ["", *(heading for heading, _, _ in study.measures.values())]
     return table(heads, [[title, *line] for (title, _, _), line in zip(pairs, cells, strict=True)])
 
 
