@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hardmix.metrics.statistics import PairedTest, holm, mean_interval
+from hardmix.metrics.statistics import PairedTest, holm, mean_interval, paired_test
 from hardmix.train.compare import compare, default_workers, plan_jobs
 from hardmix.train.errors import Interrupted
 from hardmix.train.loop import read_summary
@@ -125,6 +125,28 @@ def run_groups(
     return 0
 
 
+def run_study(
+    about: str,
+    here: Path,
+    groups: Callable[[str], dict[str, list[Recipe]]],
+    headline: Sequence[str] = (),
+) -> int:
+    """The command of a study: what it says of itself, its folder, budget -> comparisons; rest as in `run_groups`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", choices=["small", "full"], default="small")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: one per core, or one on a GPU")
+    parser.add_argument("--only", nargs="*", help="comparisons of the budget; default all")
+    parser.add_argument("--out", type=Path, default=Path(f"runs/evidence-{here.name}"))
+    options = parser.parse_args()
+    known = groups(options.budget)
+    if unknown := sorted(set(options.only or ()) - set(known)):
+        parser.error(f"--only names {', '.join(unknown)}; budget {options.budget} has {', '.join(known)}")
+    chosen = {name: known[name] for name in options.only or known}
+    command = f"python benchmarks/evidence/{here.name}/run.py --budget {options.budget}"
+    return run_groups(chosen, here, options.out, list(range(options.seeds)), options.jobs, command, headline)
+
+
 def write_results(
     folder: Path,
     name: str,
@@ -169,6 +191,27 @@ def read_rows(path: Path) -> dict[str, dict[str, list[float]]]:
             for key, value in row.items():
                 runs.setdefault(method, {}).setdefault(key, []).append(float(value))
     return runs
+
+
+class Study(NamedTuple):
+    """One comparison: how its numbers came about, and its runs by method, in the order of the seeds."""
+
+    name: str
+    about: dict[str, Any]
+    runs: dict[str, dict[str, list[float]]]
+
+    def test(self, method: str, base: str, key: str) -> PairedTest:
+        return paired_test(self.runs[method][key], self.runs[base][key])
+
+
+def read_studies(results: Path, shown: Iterable[str]) -> dict[str, Study]:
+    """What was run of the comparisons that a page shows, in its order."""
+    paths = {name: results / f"{name}.csv" for name in shown}
+    return {
+        name: Study(name, json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
+        for name, path in paths.items()
+        if path.is_file()
+    }
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from groups import DYNAMIC, STATIC, TOKENS
 
-from hardmix.metrics.statistics import PairedTest, paired_test
+from hardmix.metrics.statistics import paired_test
+from hardmix.report.text import TITLES as POLICY_TITLES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Cell, Measure, columns_of_tests, read_rows, table, with_half_width, write_page
+from common import Cell, Measure, Study, columns_of_tests, read_studies, table, with_half_width, write_page
 
 RESULTS = Path(__file__).parent / "results"
 COSTS = Path(__file__).parents[2] / "results" / "policies.json"
@@ -37,34 +37,7 @@ MEASURES: dict[str, Measure] = {
     "fgsm": ("FGSM", 100, 1),
     "corrupted": ("corrupted", 100, 1),
 }
-TITLES = {
-    "none": "no mixing",
-    "mixup": "Mixup",
-    "cutmix": "CutMix",
-    "smoothmix": "SmoothMix",
-    "fmix": "FMix",
-    "gridmix": "GridMix",
-    "resizemix": "ResizeMix",
-    "saliencymix": "SaliencyMix",
-    "guidedmix": "GuidedMix",
-    "manifold-mixup": "Manifold Mixup",
-    "attentivemix": "AttentiveMix",
-    "snapmix": "SnapMix",
-    "puzzlemix": "PuzzleMix",
-    "co-mixup": "Co-Mixup",
-    "automix": "AutoMix",
-    "samix": "SAMix",
-    "adautomix": "AdAutoMix",
-    "alignmix": "AlignMix",
-    "sumix": "SUMix of CutMix",
-    "supermix": "SuperMix, 5 steps",
-    "transmix": "TransMix",
-    "tokenmix": "TokenMix",
-    "mixpro": "MixPro",
-    "smmix": "SMMix",
-    "tl-align": "TL-Align",
-    "mergemix": "MergeMix",
-}
+TITLES = {**POLICY_TITLES, "sumix": "SUMix of CutMix", "supermix": "SuperMix, 5 steps"}
 CE, DM = "ce", "dm"
 #: comparison -> heading
 SHOWN = {
@@ -77,34 +50,13 @@ SHOWN = {
 COST_SHAPE = "128x3x32x32"
 
 
-class Study(NamedTuple):
-    """One comparison: how its numbers came about, and its runs by method, in the order of the seeds."""
-
-    name: str
-    about: dict[str, Any]
-    runs: dict[str, dict[str, list[float]]]
-
-    @property
-    def policies(self) -> list[str]:
-        return [method.removesuffix(f"-{CE}") for method in self.runs if method.endswith(f"-{CE}")]
-
-    @property
-    def measures(self) -> dict[str, Measure]:
-        """Those of MEASURES that its runs were asked for."""
-        return {key: measure for key, measure in MEASURES.items() if key in self.runs["none"]}
-
-    def test(self, method: str, base: str, key: str = "top1") -> PairedTest:
-        return paired_test(self.runs[method][key], self.runs[base][key])
+def policies_of(study: Study) -> list[str]:
+    return [method.removesuffix(f"-{CE}") for method in study.runs if method.endswith(f"-{CE}")]
 
 
-def read_studies() -> dict[str, Study]:
-    """What was run, in the order in which the page shows it."""
-    paths = {name: RESULTS / f"{name}.csv" for name in SHOWN}
-    return {
-        name: Study(name, json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
-        for name, path in paths.items()
-        if path.is_file()
-    }
+def measures_of(study: Study) -> dict[str, Measure]:
+    """Those of MEASURES that its runs were asked for."""
+    return {key: measure for key, measure in MEASURES.items() if key in study.runs["none"]}
 
 
 def step_costs() -> dict[str, float]:
@@ -114,7 +66,7 @@ def step_costs() -> dict[str, float]:
     return {name.replace("no mixing", "none"): row["step"] for name, row in rows.items()}
 
 
-STUDIES = read_studies()
+STUDIES = read_studies(RESULTS, SHOWN)
 STEP = step_costs()
 
 
@@ -125,12 +77,12 @@ def cost(policy: str) -> str:
 def accuracy(study: Study) -> str:
     """Cost, accuracy with both losses, what the policy changes against Mixup and what the loss changes."""
     rows: list[list[Cell]] = []
-    for name in study.policies:
-        against = None if name == "mixup" else (study.test(f"{name}-{CE}", f"mixup-{CE}"), "top1")
-        rows.append([against, (study.test(f"{name}-{DM}", f"{name}-{CE}"), "top1")])
+    for name in policies_of(study):
+        against = None if name == "mixup" else (study.test(f"{name}-{CE}", f"mixup-{CE}", "top1"), "top1")
+        rows.append([against, (study.test(f"{name}-{DM}", f"{name}-{CE}", "top1"), "top1")])
     cells = columns_of_tests(rows, MEASURES)
     lines = [["no mixing", cost("none"), with_half_width(study.runs["none"]["top1"], MEASURES["top1"]), "-", "-", "-"]]
-    for name, (against, change) in zip(study.policies, cells, strict=True):
+    for name, (against, change) in zip(policies_of(study), cells, strict=True):
         ce, dm = (with_half_width(study.runs[f"{name}-{key}"]["top1"], MEASURES["top1"]) for key in (CE, DM))
         lines.append([TITLES[name], cost(name), ce, against, dm, change])
     return table(["", "step", "top-1", "- Mixup", "top-1 with DM", "DM - CE"], lines)
@@ -138,9 +90,9 @@ def accuracy(study: Study) -> str:
 
 def measures(study: Study) -> str:
     """What is left of the accuracy where images are spoilt, and calibration, with cross entropy / with DM."""
-    keys = [key for key in study.measures if key != "top1"]
+    keys = [key for key in measures_of(study) if key != "top1"]
     lines = [["no mixing", *(with_half_width(study.runs["none"][key], MEASURES[key]) for key in keys)]]
-    for name in study.policies:
+    for name in policies_of(study):
         pairs = [[_mean(study.runs[f"{name}-{loss}"][key], MEASURES[key]) for loss in (CE, DM)] for key in keys]
         lines.append([TITLES[name], *(" / ".join(pair) for pair in pairs)])
     return table(["", *(MEASURES[key][0] for key in keys)], lines)
@@ -154,7 +106,7 @@ def kinds(study: Study) -> str:
     """Means over the policies of a kind, seed by seed, and what they differ in: nothing is picked."""
     kind = {"static": list(STATIC), "dynamic": [*DYNAMIC, *TOKENS]}
     means = {
-        f"{title} {loss}": {key: _over(study, names, loss, key) for key in study.measures}
+        f"{title} {loss}": {key: _over(study, names, loss, key) for key in measures_of(study)}
         for title, names in kind.items()
         for loss in (CE, DM)
     }
@@ -165,15 +117,15 @@ def kinds(study: Study) -> str:
         ("static with DM - dynamic with CE", "static dm", "dynamic ce"),
     )
     rows: list[list[Cell]] = [
-        [(paired_test(means[a][key], means[b][key]), key) for key in study.measures] for _, a, b in pairs
+        [(paired_test(means[a][key], means[b][key]), key) for key in measures_of(study)] for _, a, b in pairs
     ]
     cells = columns_of_tests(rows, MEASURES)
-    heads = ["", *(heading for heading, _, _ in study.measures.values())]
+    heads = ["", *(heading for heading, _, _ in measures_of(study).values())]
     return table(heads, [[title, *line] for (title, _, _), line in zip(pairs, cells, strict=True)])
 
 
 def _over(study: Study, names: list[str], loss: str, key: str) -> list[float]:
-    runs = [study.runs[f"{name}-{loss}"][key] for name in names if name in study.policies]
+    runs = [study.runs[f"{name}-{loss}"][key] for name in names if name in policies_of(study)]
     return [statistics.fmean(values) for values in zip(*runs, strict=True)]
 
 

@@ -8,7 +8,7 @@ from groups import STATIC
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from page import CE, DM, SHOWN, STEP, STUDIES, TITLES, Study
+from page import CE, DM, SHOWN, STEP, STUDIES, TITLES, Study, policies_of
 
 from hardmix.metrics.statistics import mean_interval
 from hardmix.report.plots import COLORS, INK, MUTED, RC
@@ -21,7 +21,7 @@ def draw(folder: Path) -> None:
 
 def cost() -> Figure:
     """Accuracy of each policy, with both losses, in the order of what a step costs; one panel a comparison."""
-    figure = Figure(figsize=(9.0, 0.21 * max(len(s.policies) for s in STUDIES.values()) + 1.2))
+    figure = Figure(figsize=(9.0, 0.21 * max(len(policies_of(s)) for s in STUDIES.values()) + 1.2))
     panels = figure.subplots(1, len(STUDIES), squeeze=False)[0]
     for axes, study in zip(panels, STUDIES.values(), strict=True):
         _panel(axes, study)
@@ -31,7 +31,7 @@ def cost() -> Figure:
 
 
 def _panel(axes: Axes, study: Study) -> None:
-    names = sorted(study.policies, key=STEP.__getitem__, reverse=True)
+    names = sorted(policies_of(study), key=STEP.__getitem__, reverse=True)
     axes.axvline(100 * mean_interval(study.runs["none"]["top1"]).mean, color=MUTED, linewidth=0.8, label="no mixing")
     for place, (loss, label) in enumerate(((CE, "cross entropy"), (DM, "Decoupled Mixup")), 1):
         intervals = [mean_interval([100 * v for v in study.runs[f"{name}-{loss}"]["top1"]]) for name in names]

@@ -10,17 +10,13 @@ Holm's correction.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from hardmix.metrics.statistics import paired_test
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Cell, Measure, columns_of_tests, read_rows, table, values_table, write_page
+from common import Cell, Measure, Study, columns_of_tests, read_studies, table, values_table, write_page
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
@@ -85,25 +81,7 @@ HEADINGS = {
 }
 
 
-class Study(NamedTuple):
-    """One comparison: how its numbers came about, and its runs by method, in the order of the seeds."""
-
-    name: str
-    about: dict[str, Any]
-    runs: dict[str, dict[str, list[float]]]
-
-
-def read_studies() -> dict[str, Study]:
-    """What was run, in the order in which the page shows it."""
-    paths = {name: RESULTS / f"{name}.csv" for name in SHOWN}
-    return {
-        name: Study(name, json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
-        for name, path in paths.items()
-        if path.is_file()
-    }
-
-
-STUDIES = read_studies()
+STUDIES = read_studies(RESULTS, SHOWN)
 
 
 def differences(names: tuple[str, ...], key: str = "top1") -> str:
@@ -121,7 +99,7 @@ def differences(names: tuple[str, ...], key: str = "top1") -> str:
 def _cell(study: Study, method: str, base: str, key: str) -> Cell:
     if not {method, base} <= study.runs.keys():
         return None
-    return paired_test(study.runs[method][key], study.runs[base][key]), key
+    return study.test(method, base, key), key
 
 
 def parts() -> dict[str, Callable[[], str]]:
