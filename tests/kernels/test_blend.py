@@ -156,7 +156,7 @@ def test_paths_agree_bit_for_bit_with_the_plain_formula(dtype, pairing, monkeypa
         x, weight = make_batch((6, *size), dtype), make_weight(6, size, masked=False)
         fast = blend.blend_partner(x, partner, weight, shift=shift)
         with monkeypatch.context() as patch:
-            patch.setattr(blend, "_is_traced", lambda *tensors: True)
+            patch.setattr(blend, "is_traced", lambda *tensors: True)
             plain = blend.blend_partner(x, partner, weight, shift=shift)
         assert torch.equal(fast, plain)
 
@@ -254,7 +254,7 @@ def test_box_mask(n, size, seed):
 
 @given(st.permutations(list(range(8))))
 def test_cycles_of_a_permutation(partner):
-    cycles = blend._cycles(partner)
+    cycles = blend.cycles_of(partner)
     assert sorted(i for cycle in cycles for i in cycle) == list(range(8))
     for cycle in cycles:
         assert [partner[i] for i in cycle] == [*cycle[1:], cycle[0]]
@@ -262,7 +262,7 @@ def test_cycles_of_a_permutation(partner):
 
 @pytest.mark.parametrize("partner", [[0, 0], [1, 1], [1, 2, 1], [2, 2, 0, 0]])
 def test_rows_that_repeat_have_no_cycles(partner):
-    assert blend._cycles(partner) is None
+    assert blend.cycles_of(partner) is None
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hardmix.mixing import FMix, GridMix, SmoothMix
-from hardmix.mixing.field import largest, low_frequency_field
+from hardmix.mixing import field as fields
+from hardmix.mixing.field import largest, low_frequency_field, low_frequency_mask
 from mixing.cases import rng
 
 
@@ -221,6 +222,18 @@ class TestFMix:
             FMix(spectrum="official")
         with pytest.raises(ValueError, match=r'x has shape \(2, 3, 9\) but spectrum="released" is defined for images'):
             FMix(spectrum="released").plan(torch.zeros(2, 3, 9))
+
+
+@pytest.mark.parametrize("spectrum", ["isotropic", "released"])
+def test_masks_made_in_pieces_are_those_of_the_whole_batch(spectrum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, keep = (24, 40), torch.arange(0, 961, 120)
+    whole = largest(low_frequency_field(9, size, 3.0, spectrum, rng(8)).flatten(1), keep)
+    for pixels in (1, 2000, 10**6):
+        monkeypatch.setattr(fields, "_PIECE", pixels)
+        mask = low_frequency_mask(keep, size, 3.0, spectrum, rng(8))
+        # Products of other shapes may round otherwise, which moves a pixel at the threshold.
+        assert (mask.flatten(1) != whole).float().mean() < 1e-3
+        assert torch.equal(mask.flatten(1).sum(1), keep)
 
 
 class TestLargest:

@@ -55,6 +55,34 @@ def test_dtypes(dtype: torch.dtype, side: int) -> None:
     assert error <= {torch.uint8: 0.501, torch.float16: 0.07, torch.bfloat16: 0.6, torch.float64: 0.0}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("side", [20, 140])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_in_place_is_out_of_place(dtype: torch.dtype, side: int, layout: torch.memory_format) -> None:
+    """Whatever the pairing: one cycle, several, rows that are their own partner, rows that are many others' partner."""
+    x = (torch.rand(6, 3, side, side, generator=rng()) * 200).to(dtype).contiguous(memory_format=layout)
+    for partner in ([1, 2, 3, 4, 5, 0], [1, 0, 2, 4, 5, 3], [5, 5, 0, 0, 4, 1]):
+        plan = ResizeMix().plan(x, generator=rng(1), partner=torch.tensor(partner))
+        want = plan.blend(x)
+        assert torch.equal(plan.blend(x, out=torch.empty_like(x)), want)
+        changed = x.clone()
+        version = changed._version
+        assert plan.blend_(changed) is changed
+        assert torch.equal(changed, want)
+        assert changed._version > version  # a graph that kept the clean batch has to notice
+
+
+@pytest.mark.parametrize("side", [20, 140])
+def test_gradients_reach_both_samples(side: int) -> None:
+    x = torch.rand(3, 1, side, side, generator=rng(), dtype=torch.float64).requires_grad_()
+    plan = ResizeMix().plan(x, generator=rng(1))
+    (gradient,) = torch.autograd.grad(plan.blend(x).sum(), x)
+    # Each pixel of a mixed image is an average of pixels, so its weights sum to one.
+    assert float(gradient.sum()) == pytest.approx(x.numel())
+    with torch.no_grad():  # which then goes row by row
+        assert torch.allclose(plan.blend(x), plan.blend(x.detach()))
+
+
 def test_lam_depends_on_area_not_on_side() -> None:
     """tau in (.1, .8): without clipping the own share is 1 - tau^2, so between .36 and .99."""
     lam = ResizeMix().plan(torch.zeros(20_000, 1, 64, 64), generator=rng()).lam

@@ -12,8 +12,10 @@ the first of these that fits. The numbers are those of the plain form.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise, repeat
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from hardmix._math import is_transformed
 
+Row = TypeVar("Row")
 _FULL = (torch.float32, torch.float64)
 #: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,7 +52,7 @@ def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None
 
     weight is (N, ...) and broadcastable to `own`; `out` may be `own` itself.
     """
-    if _is_traced(own, other, weight):
+    if is_traced(own, other, weight):
         return _written(_blend(own, other, weight), out)
     if own.dtype in _FULL or not own.is_cpu:
         return _blend(own, other, weight, out)
@@ -68,7 +71,7 @@ def blend_partner(
 
     `shift` says that partner[i] = (i + shift) mod N.
     """
-    if _is_traced(x, weight):
+    if is_traced(x, weight):
         return _written(_blend(x, _gather(x, partner), weight), out)
     in_place = out is x
     if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
@@ -79,7 +82,7 @@ def blend_partner(
             _blend(*piece)
         return out
     partners = partner.tolist() if _has_large_rows(x) else []
-    cycles = _cycles(partners) if in_place else []
+    cycles = cycles_of(partners) if in_place else []
     if not partners or cycles is None:
         return blend_rows(x, _gather(x, partner), weight, out=out)
     out = torch.empty_like(x) if out is None else out
@@ -87,12 +90,8 @@ def blend_partner(
     if not in_place:
         for i, j in enumerate(partners):
             _blend(rows[i], rows[j], weights[i], outs[i])
-    for cycle in cycles:
-        first, last = cycle[0], cycle[-1]
-        saved = rows[first].clone()
-        for i, j in pairwise(cycle):
-            _blend(rows[i], rows[j], weights[i], outs[i])
-        _blend(rows[last], saved, weights[last], outs[last])
+    for i, other in along_cycles(rows, cycles, Tensor.clone):
+        _blend(rows[i], other, weights[i], outs[i])
     return out
 
 
@@ -101,10 +100,10 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
 
     Bits are copied: exact in every dtype, and what lies under a box does not leak through, be it NaN.
     """
-    if _is_traced(x) or not x.is_cpu:
+    if is_traced(x) or not x.is_cpu:
         return _paste_mask(x, partner, box, out)
     partners = partner.tolist()
-    cycles = _cycles(partners) if out is x else []
+    cycles = cycles_of(partners) if out is x else []
     if cycles is None:
         return _paste_mask(x, partner, box, out)
     large = _has_large_rows(x)
@@ -112,7 +111,7 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
         out = torch.empty_like(x) if out is None else out
         if not large:
             out.copy_(x)
-    rows, mixed, places = _as_array(x), _as_array(out), _places(box)
+    rows, mixed, places = as_array(x), as_array(out), _places(box)
     if out is not x:
         for own, row, j, place in zip(mixed, rows, partners, places, strict=True):
             if large:  # copied here, so that the box is written while the row is in the cache
@@ -124,9 +123,53 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
         for i, j in pairwise(cycle):
             rows[i][places[i]] = rows[j][places[i]]
         rows[last][places[last]] = saved
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # NumPy wrote behind autograd's back
+    mark_written(out)
     return out
+
+
+def cycles_of(partner: list[int]) -> list[list[int]] | None:
+    """The cycles of a permutation: each row's partner follows it, the last one's is the first. None if rows repeat."""
+    cycles = []
+    seen = [False] * len(partner)
+    for first in range(len(partner)):
+        cycle, i = [], first
+        while not seen[i]:
+            seen[i] = True
+            cycle.append(i)
+            i = partner[i]
+        if cycle and i != first:
+            return None
+        if cycle:
+            cycles.append(cycle)
+    return cycles
+
+
+def along_cycles(rows: Sequence[Row], cycles: list[list[int]], save: Callable[[Row], Row]) -> Iterator[tuple[int, Row]]:
+    """(i, the row that i is mixed with) in an order in which each row is read before it is written."""
+    for cycle in cycles:
+        saved = save(rows[cycle[0]])
+        for i, j in pairwise(cycle):
+            yield i, rows[j]
+        yield cycle[-1], saved
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Something watches the operations: the compiler, autograd, a function transform, or a tensor subclass."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return True
+    grad = torch.is_grad_enabled()
+    return any(type(t) is not Tensor or (grad and t.requires_grad) for t in tensors)
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """The memory of `x` as integers of the same width. Who writes to it calls `mark_written`."""
+    return x.detach().view(_BITS[x.itemsize]).numpy()
+
+
+def mark_written(x: Tensor) -> None:
+    """Tell autograd of what NumPy wrote behind its back."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -154,45 +197,16 @@ def _written(mixed: Tensor, out: Tensor | None) -> Tensor:
 
 def _gather(x: Tensor, partner: Tensor) -> Tensor:
     """x[partner] in the memory format of `x`, which `index_select` alone would not keep."""
-    if not _is_traced(x):
+    if not is_traced(x):
         return torch.index_select(x, 0, partner, out=torch.empty_like(x))
     return x.index_select(0, partner) if x.is_contiguous() else x[partner]
-
-
-def _is_traced(*tensors: Tensor) -> bool:
-    """Something watches the operations: the compiler, autograd, a function transform, or a tensor subclass."""
-    if torch.compiler.is_compiling() or is_transformed():
-        return True
-    grad = torch.is_grad_enabled()
-    return any(type(t) is not Tensor or (grad and t.requires_grad) for t in tensors)
 
 
 def _has_large_rows(x: Tensor) -> bool:
     return x.is_cpu and x.nbytes >= _LARGE_ROW_BYTES * x.shape[0]
 
 
-def _cycles(partner: list[int]) -> list[list[int]] | None:
-    """The cycles of a permutation: each row's partner follows it, the last one's is the first. None if rows repeat."""
-    cycles = []
-    seen = [False] * len(partner)
-    for first in range(len(partner)):
-        cycle, i = [], first
-        while not seen[i]:
-            seen[i] = True
-            cycle.append(i)
-            i = partner[i]
-        if cycle and i != first:
-            return None
-        if cycle:
-            cycles.append(cycle)
-    return cycles
-
-
 def _places(box: Tensor) -> list[tuple[slice, ...]]:
     """Each row's box (S, 2) as an index into its (C, *spatial) pixels."""
     slices = [map(slice, *ends.tolist()) for ends in box.permute(1, 2, 0).unbind(0)]
     return list(zip(repeat(slice(None)), *slices))
-
-
-def _as_array(x: Tensor) -> np.ndarray:
-    return x.detach().view(_BITS[x.itemsize]).numpy()

@@ -185,7 +185,7 @@ def blend_blocks(
     grid = (z.shape[1], z.shape[2])
     mask = spread_blocks(z, (x.shape[2], x.shape[3]))[:, None] if mask is None else mask
     own_plan, other_plan = plans
-    if not x.is_cpu or blend._is_traced(x, z):
+    if not x.is_cpu or blend.is_traced(x, z):
         other = move_blocks(x.index_select(0, partner), other_plan, grid)
         return _like(x, blend.blend_rows(move_blocks(x, own_plan, grid), other, mask, out=out))
     stay = torch.arange(grid[0] * grid[1])
@@ -215,7 +215,7 @@ def show_blocks(x: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tens
         blocks with a share below 1 are blended.
     """
     size = (x.shape[2], x.shape[3])
-    if not blend._has_large_rows(x) or blend._is_traced(x, share):
+    if not blend._has_large_rows(x) or blend.is_traced(x, share):
         own, other = (x.gather(0, spread_blocks(row, size)[:, None].expand_as(x)) for row in (first, second))
         return _like(x, blend.blend_rows(own, other, spread_blocks(share, size)[:, None]))
     mixed = torch.empty_like(x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import is_transformed, wide
+from hardmix._math import wide
 from hardmix.kernels import blend
 
 #: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
@@ -27,17 +30,24 @@ def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
         outer edges of the partner's border pixels fall on the edges of the box, as in `F.interpolate`.
     """
     if _row_by_row(x, box):
-        return _fill_windows(torch.zeros_like(x), x, partner, box)
+        rows = blend.as_array(x)
+        return _fill_windows(torch.zeros_like(x), box, ((i, rows[j]) for i, j in enumerate(partner.tolist())))
     out = _resample(x.index_select(0, partner), _positions(x, box))
     return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)  # keeps the memory format
 
 
 def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x with each row's partner shown whole inside the row's box of whole pixels; `out` may be `x` itself."""
+    if _row_by_row(x, box):
+        partners = partner.tolist()
+        cycles = blend.cycles_of(partners) if out is x else None
+        if cycles is not None:
+            return _fill_windows(x, box, blend.along_cycles(list(blend.as_array(x)), cycles, np.copy))
+        rows = blend.as_array(x.clone() if out is x else x)
+        sources = ((i, rows[j]) for i, j in enumerate(partners))
+        return _fill_windows(torch.empty_like(x) if out is None else out, box, sources, around=rows)
     if out is x:
         x = x.clone()  # a row may be its partner's partner
-    if _row_by_row(x, box):
-        return _fill_windows(torch.empty_like(x) if out is None else out, x, partner, box, around=x)
     return blend.blend_rows(x, resize_into_boxes(x, partner, box), blend.box_mask(box, tuple(x.shape[2:])), out=out)
 
 
@@ -66,23 +76,34 @@ def affine(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _row_by_row(x: Tensor, box: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_transformed():
+    if blend.is_traced(x) or not x.is_cpu:
         return False
-    eager = x.device.type == "cpu" and not x.requires_grad
-    return eager and not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
+    return not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
 
 
-def _fill_windows(out: Tensor, x: Tensor, partner: Tensor, box: Tensor, around: Tensor | None = None) -> Tensor:
-    positions = _positions(x, box)
-    # Sampling a row straight from memory jumps about in it and takes several times longer than streaming it in first.
-    near = torch.empty_like(x[:1])
-    for row, (other, edges) in enumerate(zip(partner.tolist(), box.tolist(), strict=True)):
+def _fill_windows(
+    out: Tensor, box: Tensor, sources: Iterable[tuple[int, np.ndarray]], around: np.ndarray | None = None
+) -> Tensor:
+    """`out` with the source (C, *spatial) of each row resized into its box.
+
+    Args:
+        sources: (row, bits of what is shown in its box), as `blend.as_array` gives them.
+        around: (N, C, *spatial) bits of what stands around the boxes; None leaves what is there.
+    """
+    positions = _positions(out, box)
+    # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is copied: to
+    # wake a second thread for one row takes longer than the row.
+    near = torch.empty_like(out[:1])
+    mixed, streamed = blend.as_array(out), blend.as_array(near)
+    windows = [tuple(slice(start, stop) for start, stop in edges) for edges in box.tolist()]
+    for row, source in sources:
+        streamed[0] = source
         if around is not None:
-            out[row].copy_(around[row])  # here, where the row stays in the cache for what follows
-        window = [slice(start, stop) for start, stop in edges]
-        at = [along[row : row + 1, part] for along, part in zip(positions, window, strict=True)]
-        inside: tuple[int | slice, ...] = (row, slice(None), *window)
-        out[inside] = _resample(near.copy_(x[other : other + 1]), at)[0]
+            mixed[row] = around[row]  # here, where the row stays in the cache for what follows
+        at = [along[row : row + 1, part] for along, part in zip(positions, windows[row], strict=True)]
+        place = (slice(None), *windows[row])
+        mixed[row][place] = blend.as_array(_resample(near, at))[0]
+    blend.mark_written(out)
     return out
 
 

@@ -21,7 +21,7 @@ from hardmix.kernels.warp import resize_into_boxes
 from hardmix.metrics.classification import mixed_metrics
 from hardmix.metrics.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hardmix.mixing.draw import cpu_generator
-from hardmix.mixing.field import largest, low_frequency_field
+from hardmix.mixing.field import low_frequency_mask
 from hardmix.mixing.plan import MixPlan, full_box_share
 
 Model = Callable[[Tensor], Tensor]
@@ -350,10 +350,9 @@ def plan_at(kind: str, lam: float, place: Tensor, size: Sequence[int], *, other:
     height, width = size
     if kind == "fmix":
         draws = torch.Generator().manual_seed(int(place[0, 0].double() * 2**62))
-        field = low_frequency_field(rows, (height, width), FMIX_DECAY, "isotropic", draws)
         keep = torch.full((rows,), round(lam * height * width))
-        mask = largest(field.flatten(1), keep).view(rows, 1, height, width).to(torch.float32)
-        return MixPlan(partner, keep / (height * width), mask, other=other)
+        mask = low_frequency_mask(keep, (height, width), FMIX_DECAY, "isotropic", draws)[:, None]
+        return MixPlan(partner, keep / (height * width), mask.to(torch.float32), other=other)
     area = (1.0 - lam) * height * width
     tall = min(height, max(1, round(height * math.sqrt(1.0 - lam))))
     wide = min(width, round(area / tall))

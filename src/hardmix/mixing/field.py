@@ -15,6 +15,23 @@ SPECTRA = ("isotropic", "released")
 _NEGLIGIBLE = 1.2e-5
 #: Rows longer than this are thresholded by looking closely only at the pixels near the threshold.
 _LONG_ROW = 512
+#: Pixels whose field is there at a time: few enough to keep their memory, enough to share among threads.
+_PIECE = 1 << 21
+
+
+def low_frequency_mask(
+    keep: Tensor, size: tuple[int, ...], decay: float, spectrum: str, generator: Generator | None
+) -> Tensor:
+    """(rows, *size) bool with exactly keep[r] True in row r: the largest pixels of a `low_frequency_field`."""
+    rows, pixels = keep.shape[0], math.prod(size)
+    weights, waves = _draw_weights(rows, size, decay, spectrum, generator)
+    # In pieces: a field of the whole batch leaves the cache, and its pages are taken from the system each time.
+    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE // pixels)
+    masks = [
+        largest(_sum_waves(part, waves).flatten(1), kept)
+        for part, kept in zip(weights.split(piece), keep.split(piece), strict=True)
+    ]
+    return torch.cat(masks).view(rows, *size)
 
 
 def low_frequency_field(
@@ -25,6 +42,13 @@ def low_frequency_field(
     The transform is a product of cosine and sine tables, one matrix product for each axis, over the low frequencies
     that carry the energy: at decay 3 these are 12 of 112 cycles of a 224-pixel side, a tenth of the work of an FFT.
     """
+    return _sum_waves(*_draw_weights(rows, size, decay, spectrum, generator))
+
+
+def _draw_weights(
+    rows: int, size: tuple[int, ...], decay: float, spectrum: str, generator: Generator | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The weight of each product of waves, (rows, frequencies, ...), and the waves of each axis."""
     axes, longest = len(size), max(size)
     tail = 2.0 * decay - axes  # energy above K cycles ~ K^-tail / tail
     exponent = math.log(_NEGLIGIBLE * tail) / -tail if tail > 0 else math.inf
@@ -36,9 +60,13 @@ def low_frequency_field(
     else:
         weights = normal((rows, *(2 * limit + 1 for limit in limits)), generator)
         weights = weights * _amplitude(size, limits, decay)
-    for length, limit in zip(size, limits, strict=True):
+    return weights, [_waves(length, limit) for length, limit in zip(size, limits, strict=True)]
+
+
+def _sum_waves(weights: Tensor, waves: list[Tensor]) -> Tensor:
+    for along in waves:
         # Contracts the first frequency axis and appends the space axis, so that the order is right at the end.
-        weights = torch.tensordot(weights, _waves(length, limit), dims=([1], [0]))
+        weights = torch.tensordot(weights, along, dims=([1], [0]))
     return weights
 
 

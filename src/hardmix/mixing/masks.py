@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from hardmix import _check
 from hardmix.mixing.draw import Pairing, move, uniform
-from hardmix.mixing.field import SPECTRA, largest, low_frequency_field
+from hardmix.mixing.field import SPECTRA, low_frequency_mask
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.static import cut_side
@@ -49,7 +49,7 @@ class SmoothMix(Policy):
         for axis, length in enumerate(size):
             at = (torch.arange(length) + 0.5) / length
             bells.append(torch.exp(-0.5 * ((at - centre[:, axis, None]) / sigma) ** 2))  # (count, length)
-        mask = self._rows(pairing, 1.0 - _outer(bells))[:, None]
+        mask = self._rows(pairing, _without_product(bells))[:, None]
         lam = mask.mean(tuple(range(1, mask.ndim)))
         return MixPlan(pairing.partner, lam, mask, shift=pairing.shift).to(x.device)
 
@@ -112,7 +112,7 @@ class GridMix(Policy):
             hits.append((at >= 0) & (at < window[:, None]) & (at % cell[:, None] < hole[:, None]))  # (N, length)
         pixels = math.prod(size)
         shown = torch.stack([hit.sum(1) for hit in hits]).prod(0)
-        mask = 1.0 - _outer([hit.to(torch.float32) for hit in hits])
+        mask = _without_product([hit.to(torch.float32) for hit in hits])
         lam = (pixels - shown).to(torch.float32) / pixels
         return MixPlan(pairing.partner, lam, mask[:, None], shift=pairing.shift).to(x.device)
 
@@ -161,20 +161,22 @@ class FMix(Policy):
             )
         count, pixels = self._count(x.shape[0]), math.prod(size)
         keep = (self._lam(pairing, generator).to(torch.float64) * pixels).round().long()
-        field = low_frequency_field(count, size, self.decay, self.spectrum, generator)
-        kept = largest(field.flatten(1), self._rows(pairing, keep)[:count])
+        kept = low_frequency_mask(self._rows(pairing, keep)[:count], size, self.decay, self.spectrum, generator)
         # Bits travel to the device; the floats are made there.
-        mask = move(self._rows(pairing, kept.view(count, 1, *size)), x.device)
+        mask = move(self._rows(pairing, kept[:, None]), x.device)
         plan = MixPlan(pairing.partner, keep.to(torch.float32) / pixels, shift=pairing.shift).to(x.device)
         return MixPlan(plan.partner, plan.lam, mask.to(torch.float32), shift=plan.shift)
 
 
-def _outer(factors: list[Tensor]) -> Tensor:
-    """(N, L1), (N, L2), ... -> (N, L1, L2, ...)"""
-    out = factors[0]
-    for factor in factors[1:]:
+def _without_product(factors: list[Tensor]) -> Tensor:
+    """1 - the outer product of each row: (N, L1), (N, L2), ... -> (N, L1, L2, ...)"""
+    *others, last = factors
+    out = torch.ones(last.shape[0])
+    for factor in others:
         out = out[..., None] * factor.view(factor.shape[0], *[1] * (out.ndim - 1), -1)
-    return out
+    # The one step as large as the masks: a temporary of that size costs more than the arithmetic.
+    last = last.view(last.shape[0], *[1] * (out.ndim - 1), -1)
+    return torch.addcmul(torch.ones(()), out[..., None], last, value=-1.0)
 
 
 def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:
