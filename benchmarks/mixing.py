@@ -21,20 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from _worker import ALLOCATORS, run_worker, save
+
 RESULTS = Path(__file__).parent / "results" / "mixing.json"
-ALLOCATORS = {
-    "default": {},
-    "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_TOP_PAD_": str(2 * 10**9)},
-}
 SHAPES = ("128x3x224x224", "128x3x32x32")
 DTYPES = ("float32", "uint8")
 LARGE = 2**22  # values; from this size on the batch alone fills the caches
@@ -103,19 +97,6 @@ def measure(shape: list[int], dtype: str, caches: str, rounds: int) -> dict:
     return {"rows": rows, "raises": raising, "versions": versions}
 
 
-def run_worker(setting: dict) -> dict:
-    """`measure` in a fresh process, since allocator and threads are settled when one starts."""
-    environment = {
-        **os.environ,
-        **ALLOCATORS[setting["allocator"]],
-        "OMP_NUM_THREADS": str(setting["threads"]),
-        "OMP_WAIT_POLICY": "passive",
-    }
-    command = [sys.executable, __file__, "--worker", json.dumps(setting)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return {**setting, **json.loads(done.stdout.splitlines()[-1])}
-
-
 def show(table: dict) -> None:
     print("\n{shape} {dtype}, {threads} thread(s), {allocator} allocator, {caches} caches".format(**table))
     print(f"{'':34s}{'CPU ms':>10s}{'x copy_':>9s}{'wall ms':>10s}{'x copy_':>9s}")
@@ -149,13 +130,11 @@ def main() -> None:
                     for caches in ("cold",) if large else ("cold", "warm"):
                         setting = {"shape": shape, "dtype": dtype, "allocator": allocator, "threads": threads}
                         rounds = args.rounds or (11 if large else 60)
-                        tables.append(run_worker({**setting, "caches": caches, "rounds": rounds}))
+                        setting |= {"caches": caches, "rounds": rounds}
+                        tables.append({**setting, **run_worker(__file__, setting)})
                         show(tables[-1])
     if args.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        RESULTS.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n")
-        print(f"\nwrote {RESULTS}")
+        save(RESULTS, tables)
 
 
 if __name__ == "__main__":

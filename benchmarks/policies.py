@@ -26,17 +26,13 @@ import argparse
 import copy
 import inspect
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixing import ALLOCATORS
+from _worker import ALLOCATORS, run_worker, save
 
 RESULTS = Path(__file__).parent / "results" / "policies.json"
 SHAPES = ("128x3x32x32", "32x3x224x224")
@@ -222,14 +218,6 @@ def measure_shape(setting: dict) -> dict:
     return {**setting, "copy_ms": mix_ms["copy_"], "rows": rows, "raises": raised, "versions": versions}
 
 
-def run_worker(setting: dict) -> dict:
-    """`measure_shape` in a fresh process, since allocator and threads are settled when one starts."""
-    environment = {**os.environ, **ALLOCATORS[setting["allocator"]], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", json.dumps(setting)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def show(table: dict) -> None:
     print("\n{shape}, {allocator} allocator, one thread, copy_ {copy_ms:.2f} ms".format(**table))
     heads = ("policy(x, y) ms", "x copy_", "x Mixup", "step ms", "step x Mixup", "OpenMixup x copy_", "published")
@@ -270,13 +258,10 @@ def main() -> None:
     for shape in args.shape or (FULL if args.full else SHAPES):
         for allocator in args.allocator:
             setting = {"shape": shape, "allocator": allocator, "only": args.only}
-            tables.append(run_worker({**setting, "rounds": args.rounds, "budget": args.budget}))
+            tables.append(run_worker(__file__, {**setting, "rounds": args.rounds, "budget": args.budget}))
             show(tables[-1])
     if args.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        RESULTS.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n")
-        print(f"\nwrote {RESULTS}")
+        save(RESULTS, tables)
 
 
 if __name__ == "__main__":

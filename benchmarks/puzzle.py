@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from mixing import ALLOCATORS
+from _worker import ALLOCATORS, run_worker, save
 
 RESULTS = Path(__file__).parent / "results" / "puzzle.json"
 BLOCKS = (2, 4, 8, 16)
@@ -159,14 +155,6 @@ def _medians(cases: dict[str, Call], rounds: int, spoil) -> dict[str, float]:
     return {name: statistics.median(values) / 1e6 for name, values in taken.items()}
 
 
-def run_worker(setting: dict) -> dict:
-    """`measure` in a fresh process, since allocator and threads are settled when one starts."""
-    environment = {**os.environ, **ALLOCATORS[setting["allocator"]], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", json.dumps(setting)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def show(result: dict) -> None:
     print("\n{shape}, {allocator} allocator, one thread, copy_ {copy_ms:.2f} ms".format(**result))
     heads = ("own work x copy_", "cut ms", "moves ms", "dense x moves", "gap, 2 labels", "gap, 3 labels")
@@ -193,12 +181,10 @@ def main() -> None:
     results = []
     for allocator in args.allocator:
         setting = {"shape": args.shape, "blocks": list(args.blocks), "allocator": allocator}
-        results.append(run_worker({**setting, "rounds": args.rounds, "rows": args.rows}))
+        results.append(run_worker(__file__, {**setting, "rounds": args.rounds, "rows": args.rows}))
         show(results[-1])
     if args.save:
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        RESULTS.write_text(json.dumps({"machine": machine, "tables": results}, indent=1) + "\n")
-        print(f"\nwrote {RESULTS}")
+        save(RESULTS, results)
 
 
 if __name__ == "__main__":

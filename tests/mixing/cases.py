@@ -141,6 +141,20 @@ def modelled(name: str, per: str = "sample", device: str = "cpu") -> tuple[Polic
         return MODELLED[name].make(model, per), model
 
 
+class ConvNet(nn.Module):
+    """Convolution, batch norm and dropout: what a look at the gradient may not change."""
+
+    def __init__(self, channels: int = 3, classes: int = 5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.norm(self.conv(x)).relu().square().mean((2, 3))))
+
+
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -15,23 +15,9 @@ from torch import Tensor, nn
 from hardmix.losses import DecoupledMixupLoss, SoftCrossEntropyLoss
 from hardmix.mixing import MixedTarget, RandomChoice
 from hardmix.mixing.supermix import SuperMix, mask_shares, newton_step
-from mixing.cases import rng
+from mixing.cases import ConvNet, rng
 
 CLASSES = 5
-
-
-class Net(nn.Module):
-    """Convolution, batch norm and dropout."""
-
-    def __init__(self, channels: int = 3, classes: int = CLASSES) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.norm(self.conv(x)).relu().square().mean((2, 3))))
 
 
 class Blind(nn.Module):
@@ -54,9 +40,9 @@ class Stripes(nn.Module):
         return self.scale * nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), (self.classes, 1)).flatten(1)
 
 
-def net(channels: int = 3) -> Net:
+def net(channels: int = 3) -> ConvNet:
     torch.manual_seed(0)
-    return Net(channels)
+    return ConvNet(channels)
 
 
 def images(n: int, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0) -> Tensor:
@@ -572,7 +558,7 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"SuperMix: the model returned shape \(4, 8, 8, 8\) for 4 images"):
         SuperMix(model.conv)(x, y)
     with pytest.raises(TypeError, match=r"SuperMix: the model returned shape \(4, 1\) for 4 images; .* two classes"):
-        SuperMix(Net(classes=1))(x, y)
+        SuperMix(ConvNet(classes=1))(x, y)
 
     class Rounded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
