@@ -128,22 +128,30 @@ def run_groups(
 def run_study(
     about: str,
     here: Path,
-    groups: Callable[[str], dict[str, list[Recipe]]],
+    groups: Callable[..., dict[str, list[Recipe]]],
     headline: Sequence[str] = (),
+    epochs: bool = False,
 ) -> int:
-    """The command of a study: what it says of itself, its folder, budget -> comparisons; rest as in `run_groups`."""
+    """The command of a study: what it says of itself, its folder, budget -> comparisons; rest as in `run_groups`.
+
+    With `epochs` the command takes --epochs, and `groups` their number or None after the budget.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=["small", "full"], default="small")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: one per core, or one on a GPU")
     parser.add_argument("--only", nargs="*", help="comparisons of the budget; default all")
     parser.add_argument("--out", type=Path, default=Path(f"runs/evidence-{here.name}"))
+    if epochs:
+        parser.add_argument("--epochs", type=int, help="instead of those in groups.py; the results then say so")
     options = parser.parse_args()
-    known = groups(options.budget)
+    known = groups(options.budget, options.epochs) if epochs else groups(options.budget)
     if unknown := sorted(set(options.only or ()) - set(known)):
         parser.error(f"--only names {', '.join(unknown)}; budget {options.budget} has {', '.join(known)}")
     chosen = {name: known[name] for name in options.only or known}
     command = f"python benchmarks/evidence/{here.name}/run.py --budget {options.budget}"
+    if epochs and options.epochs:
+        command += f" --epochs {options.epochs}"
     return run_groups(chosen, here, options.out, list(range(options.seeds)), options.jobs, command, headline)
 
 
