@@ -150,8 +150,8 @@ def run_study(
         parser.error(f"--only names {', '.join(unknown)}; budget {options.budget} has {', '.join(known)}")
     chosen = {name: known[name] for name in options.only or known}
     command = f"python benchmarks/evidence/{here.name}/run.py --budget {options.budget}"
-    if epochs and options.epochs:
-        command += f" --epochs {options.epochs}"
+    command += f" --seeds {options.seeds}" * (options.seeds != parser.get_default("seeds"))
+    command += f" --epochs {options.epochs}" * bool(epochs and options.epochs)
     return run_groups(chosen, here, options.out, list(range(options.seeds)), options.jobs, command, headline)
 
 
