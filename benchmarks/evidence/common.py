@@ -29,6 +29,8 @@ from hardmix.train.tasks import TASKS
 PART = re.compile(r"(<!-- evidence: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 #: a run's summary, by the name of its recipe and its seed
 Runs = dict[tuple[str, int], dict[str, Any]]
+#: of a comparison where nothing is said
+SEEDS = 5
 #: how a measure is shown: heading, factor, digits
 Measure = tuple[str, float, int]
 #: a difference and its measure, or nothing where it was not run
@@ -138,7 +140,7 @@ def run_study(
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=["small", "full"], default="small")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: one per core, or one on a GPU")
     parser.add_argument("--only", nargs="*", help="comparisons of the budget; default all")
     parser.add_argument("--out", type=Path, default=Path(f"runs/evidence-{here.name}"))
@@ -150,8 +152,9 @@ def run_study(
         parser.error(f"--only names {', '.join(unknown)}; budget {options.budget} has {', '.join(known)}")
     chosen = {name: known[name] for name in options.only or known}
     command = f"python benchmarks/evidence/{here.name}/run.py --budget {options.budget}"
-    command += f" --seeds {options.seeds}" * (options.seeds != parser.get_default("seeds"))
-    command += f" --epochs {options.epochs}" * bool(epochs and options.epochs)
+    command += f" --seeds {options.seeds}" * (options.seeds != SEEDS)
+    if epochs and options.epochs:
+        command += f" --epochs {options.epochs}"
     return run_groups(chosen, here, options.out, list(range(options.seeds)), options.jobs, command, headline)
 
 

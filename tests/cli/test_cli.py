@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from hardmix import tables
 from hardmix.cli import main
+from hardmix.train import show
+from hardmix.train.seeds import generator
 
 #: seconds instead of minutes
 QUICK = [
@@ -139,6 +142,19 @@ def test_show_draws_all_policies_with_a_trained_model(cli, tmp_path):
         code, _, err = cli("show", *wrong)
         assert code == 2
         assert "--all" in err
+
+
+def test_show_draws_what_the_policy_of_a_run_has_learnt(cli, tmp_path):
+    settings = ["--set", "policy.name=automix", "--set", "data.name=digits", "--set", "policy.layer=stage2"]
+    assert cli("run", "demo-mixup", *QUICK, *settings, "--out", "run")[0] == 0
+    subject = show._subject("", "", 3, 0, tmp_path / "run")
+    assert subject.policy is not None
+    drawn = show.draw("automix", subject, 0, {})
+    learnt = subject.policy.plan(subject.x, subject.labels, generator=generator(0, "show", 1))
+    assert torch.allclose(drawn.mask, learnt.mask, atol=1e-5)
+    other = show.draw("automix", subject._replace(policy=None), 0, {})
+    assert not torch.allclose(other.mask, drawn.mask)
+    assert cli("show", "automix", "--run", "run", "--set", "alpha=1", "--rows", "2")[0] == 0
 
 
 def test_data_and_list_name_everything(cli):

@@ -306,6 +306,10 @@ def test_unrecognised_rows_stay_clean_or_mixed() -> None:
     out, target = clean(x, y, generator=rng(1))
     assert torch.equal(out[lost], x[lost])
     assert torch.equal(target.weights[lost], torch.tensor([[1.0, 0.0]]).expand(int(lost.sum()), 2))
+    assert torch.equal(target.labels[lost], y[lost, None].expand(-1, 2))
+    logits = torch.randn(23, CLASSES, generator=rng(3))
+    loss = DecoupledMixupLoss(eta=1.0, reduction="none")
+    assert torch.allclose(loss(logits, target)[lost], loss(logits, y)[lost])  # no class is pulled up that isn't there
     kept, of_kept = mixed(x, y, generator=rng(1))
     assert torch.equal(out[~lost], kept[~lost])
     assert float((kept[lost] - x[lost]).abs().amax((1, 2, 3)).max()) > 0.5

@@ -20,5 +20,12 @@ from groups import groups
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run_study
 
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    return run_study(__doc__, HERE, groups, epochs=True)
+
+
 if __name__ == "__main__":
-    sys.exit(run_study(__doc__, Path(__file__).parent, groups, epochs=True))
+    sys.exit(main())

@@ -4,13 +4,11 @@
     python benchmarks/evidence/policies/page.py --check    # says whether they are what the results give
 
 A table stands between `<!-- evidence: NAME -->` and `<!-- end -->`; the words around it are written by hand.
-Differences are paired by seed. The tests of one column are one family, with Holm's correction. What a step costs is
-that of benchmarks/results/policies.json, measured on an idle machine.
+Differences are paired by seed. The tests of one column are one family, with Holm's correction.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Cell, Measure, Study, columns_of_tests, read_studies, table, with_half_width, write_page
 
 RESULTS = Path(__file__).parent / "results"
-COSTS = Path(__file__).parents[2] / "results" / "policies.json"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
 PAGE = DOCS / "policies.md"
 MEASURES: dict[str, Measure] = {
@@ -46,8 +43,6 @@ SHOWN = {
     "cifar10-5000": "CIFAR-10 5,000, small-resnet",
     "cifar10-50000-resnet18": "CIFAR-10, ResNet-18",
 }
-#: how the shape of the cost table is called that stands for these images
-COST_SHAPE = "128x3x32x32"
 
 
 def policies_of(study: Study) -> list[str]:
@@ -59,19 +54,22 @@ def measures_of(study: Study) -> dict[str, Measure]:
     return {key: measure for key, measure in MEASURES.items() if key in study.runs["none"]}
 
 
-def step_costs() -> dict[str, float]:
-    """Policy -> a training step with it, in those with Mixup on the same model."""
-    tables = json.loads(COSTS.read_text("utf-8"))["tables"]
-    rows = next(t["rows"] for t in tables if t["shape"] == COST_SHAPE and t["allocator"] == "default")
-    return {name.replace("no mixing", "none"): row["step"] for name, row in rows.items()}
-
-
 STUDIES = read_studies(RESULTS, SHOWN)
-STEP = step_costs()
 
 
-def cost(policy: str) -> str:
-    return f"{STEP[policy]:.2f}"
+def step(study: Study, policy: str) -> float:
+    """What a training step took in these runs, in those of Mixup: medians, so that a run that was held up is none."""
+    own, mixup = (
+        statistics.median(
+            [ms for method, run in study.runs.items() if _policy(method) == name for ms in run["ms_per_step"]]
+        )
+        for name in (policy, "mixup")
+    )
+    return own / mixup
+
+
+def _policy(method: str) -> str:
+    return method.removesuffix(f"-{CE}").removesuffix(f"-{DM}")
 
 
 def accuracy(study: Study) -> str:
@@ -81,10 +79,19 @@ def accuracy(study: Study) -> str:
         against = None if name == "mixup" else (study.test(f"{name}-{CE}", f"mixup-{CE}", "top1"), "top1")
         rows.append([against, (study.test(f"{name}-{DM}", f"{name}-{CE}", "top1"), "top1")])
     cells = columns_of_tests(rows, MEASURES)
-    lines = [["no mixing", cost("none"), with_half_width(study.runs["none"]["top1"], MEASURES["top1"]), "-", "-", "-"]]
+    lines = [
+        [
+            "no mixing",
+            f"{step(study, 'none'):.2f}",
+            with_half_width(study.runs["none"]["top1"], MEASURES["top1"]),
+            "-",
+            "-",
+            "-",
+        ]
+    ]
     for name, (against, change) in zip(policies_of(study), cells, strict=True):
         ce, dm = (with_half_width(study.runs[f"{name}-{key}"]["top1"], MEASURES["top1"]) for key in (CE, DM))
-        lines.append([TITLES[name], cost(name), ce, against, dm, change])
+        lines.append([TITLES[name], f"{step(study, name):.2f}", ce, against, dm, change])
     return table(["", "step", "top-1", "- Mixup", "top-1 with DM", "DM - CE"], lines)
 
 

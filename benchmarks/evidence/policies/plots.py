@@ -8,7 +8,7 @@ from groups import STATIC
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from page import CE, DM, SHOWN, STEP, STUDIES, TITLES, Study, policies_of
+from page import CE, DM, SHOWN, STUDIES, TITLES, Study, policies_of, step
 
 from hardmix.metrics.statistics import mean_interval
 from hardmix.report.plots import COLORS, INK, MUTED, RC
@@ -31,7 +31,8 @@ def cost() -> Figure:
 
 
 def _panel(axes: Axes, study: Study) -> None:
-    names = sorted(policies_of(study), key=STEP.__getitem__, reverse=True)
+    cost = {name: step(study, name) for name in policies_of(study)}
+    names = sorted(cost, key=cost.__getitem__, reverse=True)
     axes.axvline(100 * mean_interval(study.runs["none"]["top1"]).mean, color=MUTED, linewidth=0.8, label="no mixing")
     for place, (loss, label) in enumerate(((CE, "cross entropy"), (DM, "Decoupled Mixup")), 1):
         intervals = [mean_interval([100 * v for v in study.runs[f"{name}-{loss}"]["top1"]]) for name in names]
@@ -42,7 +43,7 @@ def _panel(axes: Axes, study: Study) -> None:
             color=COLORS[place], label=label,
         )  # fmt: skip
     kind = {True: "", False: " *"}
-    axes.set_yticks(range(len(names)), [f"{TITLES[n]}{kind[n in STATIC]}  {STEP[n]:.2f}" for n in names])
+    axes.set_yticks(range(len(names)), [f"{TITLES[n]}{kind[n in STATIC]}  {cost[n]:.2f}" for n in names])
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("top-1 %")

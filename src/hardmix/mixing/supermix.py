@@ -185,6 +185,8 @@ class SuperMix(AskingPolicy):
         if self.unrecognised == "clean":
             masks = masks.where(recognised.view(-1, 1, 1, 1), own.view(1, -1, 1, 1))
             share = share.where(recognised[:, None], own)
+            # With its own label in every place: an objective may look at labels whatever their share is.
+            partner = partner.where(recognised[:, None], torch.arange(rows, device=device)[:, None])
         return Search(Mixture(partner, share, masks), drawn, recognised, steps)
 
     def _draw_rows(self, rows: int, generator: Generator | None) -> tuple[Tensor, Tensor]:

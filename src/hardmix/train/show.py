@@ -44,12 +44,14 @@ class Drawn(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """Images to mix, and a trained model for policies that look at one, or None."""
+    """Images to mix, and of a run its model, for policies that look at one, and the policy that it trained with."""
 
     x: Tensor
     labels: Tensor
     images: ImageSet
-    model: nn.Module | None
+    model: nn.Module | None = None
+    component: Component | None = None
+    policy: Policy | None = None
 
 
 def show_policy(
@@ -69,7 +71,8 @@ def show_policy(
 
     Args:
         run: a trained run, whose test images are shown and whose model a policy looks at; without one, a small model
-            that was never trained.
+            that was never trained. The policy that the run trained with has the run's settings where `sets` says
+            nothing else, and without `sets` what it has learnt.
     """
     from hardmix.report.gallery import mixed_sheet
 
@@ -111,12 +114,16 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
     from hardmix.report.gallery import caption
 
     x, labels, images = subject.x, subject.labels, subject.images
-    told = {"name": name, **USUAL.get(name, {}), **options}
+    ours = subject.component if subject.component is not None and subject.component.name == name else None
+    usual = USUAL.get(name, {}) if ours is None else ours.model_dump()
+    told = {"name": name, **usual, **options}
     inside = policy_names(told)
     model = subject.model or _untrained(inside, x, len(images.class_names))
     model.train()  # in which policies see it; a run's is a copy of what its checkpoint holds
     torch.manual_seed(seed)  # for what a policy learns
     policy: Policy = build_policy(Component(**told), model, tuple(x.shape[1:]))
+    if ours and subject.policy is not None and not options:
+        policy.load_state_dict(subject.policy.state_dict())
     own, partner, mask = x, None, None
     try:
         plan = policy.plan(x, labels, generator=generator(seed, "show", 1))
@@ -142,11 +149,14 @@ def _subject(data: str, data_path: str, rows: int, seed: int, run: Path | None) 
         loaded = load_run(run, data_path=data_path)
         if not isinstance(loaded.task, Classification):
             raise ValueError(f"show: {run} is of task {loaded.task.recipe.task}; pass a run that tells images apart.")
-        split, model = loaded.task.test_set, loaded.task.on_pixels
+        task, split = loaded.task, loaded.task.test_set
     else:
-        split, model = load_images(data, data_path or None).test, None
+        task, split = None, load_images(data, data_path or None).test
     index = torch.randperm(len(split), generator=generator(seed, "show"))[:rows]
-    return Subject(split.batch(index).to(torch.float32) / 255.0, split.labels[index], split, model)
+    images = Subject(split.batch(index).to(torch.float32) / 255.0, split.labels[index], split)
+    if task is None:
+        return images
+    return images._replace(model=task.on_pixels, component=task.recipe.policy, policy=task.policy)
 
 
 def _untrained(inside: list[str], x: Tensor, classes: int) -> nn.Module:
