@@ -7,7 +7,7 @@
 "own work" is `policy(x, y)` with the saliency given, as a multiple of one `copy_` of the batch into an existing buffer.
 "cut" and "moves" are parts of it, in milliseconds. "gap" is by how much the energy of the cut is above that of maximum
 flow, mean over --rows grids, for two and three labels. "dense" is what the moves cost where all pairs of blocks are
-formed as one-hot matrices, h w rounds of them, as a multiple of `transport_blocks` on the same --rows grids.
+formed as one-hot matrices, as many rounds as blocks a side, as a multiple of `transport_blocks` on the same batch.
 
 Images and saliency are smooth noise, drawn once. One thread, CPU time of the process, medians of rounds in which the
 cases take turns; 64 MB are written before each, as after a training step. See mixing.py for the allocators.
@@ -49,9 +49,8 @@ def measure(setting: dict) -> dict:
         times = _medians(cases, setting["rounds"], spoil)
     rows = {}
     for blocks in setting["blocks"]:
-        few = _parts(x, saliency, blocks, min(setting["rows"], shape[0]))
-        few["dense"] = _dense(x, saliency, blocks, min(setting["rows"], shape[0]))
-        alone = _medians({name: few[name] for name in ("moves", "dense")}, setting["rounds"], spoil)
+        moves = {"moves": cases[f"moves {blocks}"], "dense": _dense(x, saliency, blocks)}
+        alone = _medians(moves, setting["rounds"], spoil)
         rows[str(blocks)] = {
             "copies": times[f"own {blocks}"] / times["copy_"],
             "cut_ms": times[f"cut {blocks}"],
@@ -104,12 +103,13 @@ def _parts(x, saliency, blocks: int, rows: int) -> dict[str, Call]:
     return {"cut": lambda: grid_cut(*costs, steps=steps), "moves": lambda: transport_blocks(show, share)}
 
 
-def _dense(x, saliency, blocks: int, rows: int) -> Call:
-    """The same moves with all pairs as matrices (rows, h w, h w)."""
+def _dense(x, saliency, blocks: int) -> Call:
+    """The same moves with all pairs as matrices (N, h w, h w)."""
     import torch
 
     from hardmix.kernels.graph_cut import grid_cut
 
+    rows = x.shape[0]
     share, costs = _costs(x, saliency, blocks, 3, rows)
     h, w = share.shape[1:]
     show = (grid_cut(*costs).labels > 0).view(rows, 1, h * w)
@@ -120,7 +120,7 @@ def _dense(x, saliency, blocks: int, rows: int) -> Call:
     def call() -> torch.Tensor:
         cost = price - share.view(rows, h * w, 1) * show
         won = torch.zeros_like(cost)
-        for _ in range(h * w):
+        for _ in range(h):
             asked = torch.zeros_like(cost).scatter_(2, cost.argmin(2, keepdim=True), 1.0)
             best = torch.where(asked > 0, cost, 1e9).argmin(1, keepdim=True)
             won = torch.zeros_like(cost).scatter_(1, best, 1.0) * asked
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=int, default=BLOCKS)
     parser.add_argument("--allocator", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=16, help="grids that are cut exactly and moved by matrices")
+    parser.add_argument("--rows", type=int, default=16, help="grids that are cut exactly")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

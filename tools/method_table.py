@@ -131,9 +131,9 @@ REGRESSION_CASES = {
         "`lds_weights`": ("labels", "lds"),
     },
 }
+#: policies that are timed in whole training steps: those that run the model, and those that mixing.py leaves out
+STEPPED = (*sorted(tables.NEEDS_MODEL), "augmix", "guidedmix", "random-choice", "saliencymix", "scheduled")
 #: card -> what a row of its table is called -> loss and form in image_text.json; forms not measured have no row
-#: policies that are timed in whole training steps, since they run the model
-STEPPED = (*sorted(tables.NEEDS_MODEL - {"manifold-mixup"}), "guidedmix")
 PAIR_FORMS = {
     "clip": {
         "`ClipLoss`": ("CLIP", "hardmix"),
