@@ -95,7 +95,7 @@ def tensor(who: str, name: str, value: object) -> Tensor:
 
 
 def batch(who: str, name: str, value: object, min_ndim: int = 2, max_ndim: int = 5) -> Tensor:
-    """A non-empty batch (N, ...) of numbers with `min_ndim` to `max_ndim` axes."""
+    """A non-empty batch (N, ...) of integers or floats with `min_ndim` to `max_ndim` axes."""
     x = tensor(who, name, value)
     if not min_ndim <= x.ndim <= max_ndim:
         axes = f"{min_ndim}" if min_ndim == max_ndim else f"{min_ndim} to {max_ndim}"
@@ -103,7 +103,7 @@ def batch(who: str, name: str, value: object, min_ndim: int = 2, max_ndim: int =
     if x.numel() == 0:
         raise ValueError(f"{who}: {name} has shape {tuple(x.shape)} and is empty; pass at least one sample.")
     if x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{who}: {name} has dtype {x.dtype}; pass uint8 or floating-point values.")
+        raise TypeError(f"{who}: {name} has dtype {x.dtype}; pass integers or floating-point values.")
     return x
 
 

@@ -476,6 +476,24 @@ def test_of_three_labels_the_two_that_count_are_a_pair() -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("pixels", [False, True])
+def test_without_the_own_label_nothing_is_regularised_asymmetrically(pixels: bool) -> None:
+    logits = torch.randn(3, 6, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([[-100, 0, 1, 2], [3, -100, 1, 2], [-100, 4, 4, -100]])
+    weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).expand(3, 4)
+    z, target = logits, MixedTarget(labels, weights)
+    if pixels:
+        z, target = logits[..., None], MixedTarget(labels[..., None], weights[..., None])
+    options: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none"}
+    got = decoupled_mixup_loss(z, target, eta=0.5, asymmetric=True, **options).flatten()
+    plain = soft_cross_entropy_loss(z, target, **options).flatten()
+    torch.testing.assert_close(got[[0, 2]], plain[[0, 2]], rtol=1e-12, atol=0)
+    pull = slow.regulariser(logits[1].detach().numpy(), [3, 1, 2], asymmetric=True)
+    assert (got - plain)[1].item() == pytest.approx(0.5 * pull)
+    grads = [grad_of(loss[[0, 2]].sum(), logits) for loss in (got, plain)]
+    torch.testing.assert_close(*grads)
+
+
 def test_a_label_without_share_does_not_make_a_row_count() -> None:
     logits = torch.randn(2, 3, 2, dtype=torch.float64)
     labels = torch.tensor([[[0, 0], [255, 255]], [[255, 1], [1, 2]]])

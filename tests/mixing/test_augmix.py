@@ -148,5 +148,8 @@ def test_settings_and_range() -> None:
         AugMix().plan(x)
     with pytest.raises(ValueError, match="AugMix: x holds values from nan to nan; pass uint8"):
         AugMix().plan(torch.full((1, 1, 2, 2), 0.5).index_fill(3, torch.tensor([1]), float("nan")))
+    for dtype in (torch.int8, torch.int16, torch.int64):
+        with pytest.raises(TypeError, match=rf"AugMix: x has dtype {dtype}; pass uint8 images or floats in \[0, 1\]"):
+            AugMix().plan(torch.ones(4, 3, 8, 8, dtype=dtype))
     with pytest.raises(ValueError, match="y is a dense mask but the plan changes pixels"):
         AugMix()(torch.rand(4, 3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.long))

@@ -162,6 +162,12 @@ def test_choice_settings() -> None:
         RandomChoice([])
     with pytest.raises(TypeError, match="RandomChoice: policies holds a str; pass mixing policies, or None"):
         RandomChoice(["mixup"])
+    for wrong, name in ((Mixup(), "Mixup"), (None, "NoneType"), ("none", "str"), (3, "int")):
+        with pytest.raises(TypeError, match=f"RandomChoice: policies is a {name}; pass a list of mixing policies"):
+            RandomChoice(wrong)
+    for p, name in ((1.0, "float"), ("1", "str"), (torch.tensor([0.5, 0.5]), "Tensor")):
+        with pytest.raises(TypeError, match=f"RandomChoice: p is a {name}; pass a list of numbers, one for each"):
+            RandomChoice([Mixup(), CutMix()], p=p)
     for p in ([1.0], [0.0, 0.0], [0.5, 0.2, 0.3]):
         with pytest.raises(ValueError, match="for 2 policies; pass one probability for each"):
             RandomChoice([Mixup(), CutMix()], p=p)

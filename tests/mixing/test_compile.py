@@ -89,6 +89,20 @@ def test_blend_of_a_drawn_plan(name: str) -> None:
     assert counter.graphs <= 2
 
 
+@pytest.mark.parametrize("name", ["cutmix", "saliencymix"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_a_compiled_box_keeps_the_memory_format(name: str, dtype: torch.dtype) -> None:
+    policy = POLICIES[name]("sample")
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        torch._dynamo.reset()
+        x = (torch.rand(4, 3, 6, 7, generator=rng()) * 255).to(dtype).contiguous(memory_format=memory_format)
+        torch.manual_seed(0)
+        mixed, _ = torch.compile(policy, fullgraph=True, backend="aot_eager")(x, torch.arange(4))
+        assert mixed.stride() == x.stride()
+        torch.manual_seed(0)
+        assert torch.equal(mixed, policy(x, torch.arange(4))[0])
+
+
 @pytest.mark.parametrize("where", ["around", "inside"])
 @pytest.mark.parametrize("name", ["fmix", "saliencymix"])
 def test_autocast_changes_no_draw_in_a_compiled_step(name: str, where: str) -> None:

@@ -221,7 +221,11 @@ def test_refusals(name: str) -> None:
         (torch.rand(0, 3, 8, 8), ValueError, r"x has shape \(0, 3, 8, 8\) and is empty; pass at least one sample"),
         (torch.rand(8), ValueError, r"x has shape \(8,\); pass a batch with"),
         (torch.rand(2, 1, 1, 1, 1, 1), ValueError, "pass a batch with"),
-        (torch.zeros(4, 3, 8, 8, dtype=torch.bool), TypeError, "x has dtype torch.bool; pass uint8 or floating-point"),
+        (
+            torch.zeros(4, 3, 8, 8, dtype=torch.bool),
+            TypeError,
+            "x has dtype torch.bool; pass integers or floating-point",
+        ),
         (torch.zeros(4, 3, 8, 8, dtype=torch.complex64), TypeError, "x has dtype torch.complex64"),
     ]:
         with pytest.raises(error, match=text):

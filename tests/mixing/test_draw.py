@@ -49,6 +49,18 @@ def test_unequal_parameters(a: float, b: float) -> None:
         assert stats.kstest(lam, stats.beta(a, b).cdf).pvalue > LEAST_P
 
 
+@pytest.mark.parametrize("alpha", [5e-324, 1e-320, 1e-307, 1e-300, 1e300, 1.7e308])
+def test_no_parameter_gives_nan(alpha: float) -> None:
+    lam = draw_beta(alpha, alpha, 2000, rng())
+    assert bool(((lam >= 0) & (lam <= 1)).all())
+    if alpha > 1:
+        assert bool((lam == 0.5).all())
+    else:  # both ends, equally often
+        assert bool(((lam == 0) | (lam == 1)).all())
+        assert float(lam.mean()) == pytest.approx(0.5, abs=0.05)
+    assert bool(Mixup(alpha=alpha).plan(torch.zeros(8, 2), generator=rng()).lam.isfinite().all())
+
+
 def test_policies_use_it() -> None:
     for per, copies in (("sample", 1), ("pair", 2)):
         plan = Mixup(alpha=0.4, per=per).plan(torch.zeros(20_000, 1), generator=rng(1))

@@ -304,6 +304,8 @@ def test_settings() -> None:
         ManifoldMixup(model, [""])
     with pytest.raises(TypeError, match="ManifoldMixup: layers is 'layer1'; pass a list of submodule names"):
         ManifoldMixup(model, "layer1")
+    with pytest.raises(TypeError, match=r"ManifoldMixup: include_input is 'no'; pass True or False\."):
+        ManifoldMixup(net(), ["layer1"], include_input="no")
     with pytest.raises(ValueError, match="layers is empty and include_input is False; name a layer"):
         ManifoldMixup(model, [], include_input=False)
     with pytest.raises(TypeError, match=r"ManifoldMixup: model is a dict; pass a torch\.nn\.Module\."):

@@ -11,7 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardmix.mixing import CutMix, FMix, MixPlan, Mixup, RandomChoice, ResizeMix, Scheduled
+from hardmix.mixing import (
+    AugMix,
+    CutMix,
+    FMix,
+    GridMix,
+    MixPlan,
+    Mixup,
+    RandomChoice,
+    ResizeMix,
+    SaliencyMix,
+    Scheduled,
+    SmoothMix,
+)
 from mixing.cases import blend_by_hand, rng
 
 N = 5
@@ -104,17 +116,56 @@ def test_second_view_gets_the_same_draw() -> None:
         assert torch.equal(plan.blend(second), again.blend(second))
 
 
-def test_out_and_in_place() -> None:
-    x = torch.rand(N, 3, 70, 80, generator=rng())
-    for policy in (Mixup(), CutMix(), FMix(), ResizeMix(), Mixup(pairing="permutation")):
-        plan = policy.plan(x, generator=rng(3))
-        want = plan.blend(x)
-        out = torch.full_like(x, 7.0)
-        assert plan.blend(x, out=out) is out
-        assert torch.equal(out, want)
-        y = x.clone()
-        assert plan.blend_(y) is y
-        assert torch.equal(y, want)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Mixup(),
+        Mixup(pairing="permutation"),
+        CutMix(),
+        SmoothMix(),
+        GridMix(),
+        FMix(),
+        ResizeMix(),
+        SaliencyMix(),
+        AugMix(),
+        RandomChoice([Mixup(), CutMix(), ResizeMix(), None], per="sample"),
+        RandomChoice([AugMix(), SmoothMix(), ResizeMix()], per="sample", pairing="permutation"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("size", [(9, 7), (170, 150)], ids=str)
+def test_out_and_in_place(policy: torch.nn.Module, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x = torch.rand(N, 3, *size, generator=rng())
+    x = x if dtype.is_floating_point else (x * 255).to(dtype)
+    before = x.clone()
+    plan = policy.plan(x, generator=rng(3))
+    want = plan.blend(x)
+    out = torch.full_like(x, 7)
+    assert plan.blend(x, out=out) is out
+    assert torch.equal(out, want)
+    assert torch.equal(x, before)
+    assert plan.blend_(x) is x  # the very batch that the plan was drawn for
+    assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (170, 150)], ids=str)
+@pytest.mark.parametrize("policy", [Mixup(), CutMix(), FMix(), ResizeMix()], ids=repr)
+def test_nothing_is_written_into_a_leaf(policy: torch.nn.Module, size: tuple[int, int]) -> None:
+    x = torch.rand(N, 3, *size, generator=rng())
+    plan = policy.plan(x, generator=rng(3))
+    want = plan.blend(x)
+    leaf = torch.zeros_like(x).requires_grad_()
+    for out in (leaf, leaf * 1.0):
+        with pytest.raises(ValueError, match=r"MixPlan\.blend: out requires a gradient .*; pass out\.detach\(\)\.$"):
+            plan.blend(x, out=out)
+        assert not bool(out.any())
+    with pytest.raises(ValueError, match=r"MixPlan\.blend_: x is a leaf that requires a gradient .*; use blend, or"):
+        plan.blend_(leaf)
+    with torch.no_grad():
+        assert torch.equal(plan.blend(x, out=leaf), want)
+        leaf.copy_(x)
+        assert torch.equal(plan.blend_(leaf), want)
 
 
 @pytest.mark.parametrize("policy", [Mixup(), Mixup(pairing="permutation"), CutMix(), FMix(), ResizeMix()], ids=repr)
@@ -176,6 +227,52 @@ def test_blend_refusals() -> None:
     changed = MixPlan(torch.arange(2), torch.ones(2), other=torch.rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"the plan's other images have \(2, 3, 8, 8\)"):
         changed.blend(torch.rand(2, 1, 8, 8))
+
+
+def test_an_out_that_overlaps_in_another_storage_is_refused() -> None:
+    numbers = np.random.default_rng(0).random((8, 3, 4, 4), dtype=np.float32)
+    plan = MixPlan(torch.tensor([1, 2, 3, 0]), torch.rand(4))
+    whole = torch.from_numpy(numbers)
+    for first in (1, 3):
+        x, out = torch.from_numpy(numbers[:4]), torch.from_numpy(numbers[first : first + 4])
+        for a, b in ((x, out), (out, x), (x.mT, out.mT)):
+            with pytest.raises(ValueError, match=r"out shares memory with x; pass another tensor, or call blend_"):
+                plan.blend(a, out=b)
+    x, out = torch.from_numpy(numbers[:4]), torch.from_numpy(numbers[4:])
+    assert torch.equal(plan.blend(x, out=out), plan.blend(x))
+    assert torch.equal(whole[4:], out)
+    nowhere = MixPlan(plan.partner, plan.lam).to("meta")
+    x = torch.empty(4, 3, 4, 4, device="meta")
+    assert nowhere.blend(x, out=torch.empty_like(x)).is_meta  # which has no address
+
+
+def test_what_a_plan_is_made_of() -> None:
+    mask, box = random_mask((4, 6)), torch.zeros(N, 2, 2, dtype=torch.long)
+    for wrong, text in (
+        ({"partner": PARTNER.tolist()}, r"partner is a list; pass a torch\.Tensor\."),
+        ({"partner": PARTNER.float()}, r"partner has dtype torch\.float32; pass integers\."),
+        ({"partner": PARTNER > 2}, r"partner has dtype torch\.bool; pass integers\."),
+        ({"lam": LAM.tolist()}, r"lam is a list; pass a torch\.Tensor\."),
+        ({"lam": 0.5}, r"lam is a float; pass a torch\.Tensor\."),
+        ({"lam": PARTNER}, r"lam has dtype torch\.int64; pass floating-point shares from 0 to 1\."),
+        ({"mask": mask.numpy()}, r"mask is a ndarray; pass a torch\.Tensor\."),
+        ({"mask": mask.byte()}, r"mask has dtype torch\.uint8; pass floating-point shares"),
+        ({"box": box.tolist(), "size": (4, 6)}, r"box is a list; pass a torch\.Tensor\."),
+        ({"box": box.float(), "size": (4, 6)}, r"box has dtype torch\.float32; pass integers\."),
+        ({"box": box, "size": 4}, r"size is 4; pass a tuple of the spatial lengths\."),
+        ({"own": [1]}, r"own is a list; pass a torch\.Tensor\."),
+    ):
+        with pytest.raises(TypeError, match=f"^MixPlan: {text}"):
+            MixPlan(**{"partner": PARTNER, "lam": LAM, **wrong})
+    whole = MixPlan(PARTNER.to(torch.uint8), mask=mask > 0.5, box=None)
+    same = MixPlan(PARTNER, mask=(mask > 0.5).float())
+    x = torch.rand(N, 3, 4, 6, generator=rng())
+    assert whole.partner.dtype == torch.long
+    assert torch.equal(whole.lam, same.lam)
+    assert torch.equal(whole.blend(x), same.blend(x))
+    assert torch.equal(whole.target(PARTNER).labels, same.target(PARTNER).labels)
+    assert repr(MixPlan.identity(0)) == "MixPlan(0 rows)"
+    assert repr(same.to("meta")) == "MixPlan(5 rows, mask (5, 1, 4, 6))"
 
 
 def test_lam_is_taken_from_the_mask_or_the_boxes() -> None:
@@ -247,6 +344,27 @@ class TestTarget:
             assert plan.target(other).weights.shape == (N, 2)
         assert plan.target(y.bool().float()).weights.shape == (N, 2)
 
+    @pytest.mark.parametrize("size", [(9,), (5, 6, 7)], ids=["series", "volumes"])
+    @pytest.mark.parametrize(
+        "policy",
+        [Mixup(), CutMix(), CutMix(inside=True), SmoothMix(), GridMix(), FMix(), ResizeMix(), SaliencyMix()],
+        ids=repr,
+    )
+    def test_masks_of_series_and_volumes_follow_the_pixels(
+        self, policy: torch.nn.Module, size: tuple[int, ...]
+    ) -> None:
+        """A mask equal to the values has to come out where the mixed batch shows those values."""
+        y = torch.arange(N).view(N, *[1] * len(size)).expand(N, *size).contiguous()
+        x = y[:, None].double()
+        for seed in range(3):
+            plan = policy.plan(x, generator=rng(seed))
+            target = plan.target(y, kind="mask")
+            assert target.labels.shape == (N, 2, *size)
+            assert torch.allclose(target.mean().expand(N, *size), plan.blend(x)[:, 0].float(), atol=1e-5)
+            dense = target.dense(N)
+            assert dense.shape == (N, N, *size)
+            assert torch.allclose(dense.flatten(2).mean(2), plan.target(y.flatten(1)[:, 0]).dense(N), atol=1e-5)
+
     def test_without_a_place_two_axes_are_rows(self) -> None:
         y = torch.randint(0, 3, (N, 9), generator=rng())
         assert self.plan.target(y).weights.shape == (N, 2)
@@ -294,6 +412,9 @@ class TestTarget:
             plan.target(torch.zeros(5, 4, 4, dtype=torch.long))
         with pytest.raises(ValueError, match=r"kind is 'masks'; pass one of .*did you mean \"mask\""):
             plan.target(torch.arange(5), kind="masks")
+        for y in (torch.ones(5, dtype=torch.complex64), torch.ones(5, 3, dtype=torch.complex128)):
+            with pytest.raises(TypeError, match=r"MixPlan\.target: y has dtype torch\.complex.*; pass integers or"):
+                plan.target(y)
         changed = MixPlan(PARTNER, LAM, own=torch.rand(N, 3, 8, 8))
         with pytest.raises(ValueError, match="y is a dense mask but the plan changes pixels before it mixes"):
             changed.target(torch.zeros(N, 8, 8, dtype=torch.long))

@@ -192,10 +192,18 @@ def test_refusals() -> None:
         (lambda b: b, r"\(4, 3, 8, 8\)"),
         (lambda b: b[:2, 0], r"\(2, 8, 8\)"),
         (lambda b: None, "NoneType"),
+        (lambda b: b[:, 0, :0], r"\(4, 0, 8\)"),
     ):
         with pytest.raises(
             ValueError, match=rf"saliency returned {got} for a batch of shape \(4, 3, 8, 8\); return one map"
         ):
             SaliencyMix(saliency=wrong).plan(x)
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=rf"SaliencyMix: saliency returned dtype {dtype}; return integers or float"):
+            SaliencyMix(saliency=lambda b, dtype=dtype: b[:, 0].to(dtype)).plan(x)
+    with pytest.raises(
+        ValueError, match="SaliencyMix: the map that saliency returned is on meta but x is on cpu; move"
+    ):
+        SaliencyMix(saliency=lambda b: b[:, 0].to("meta")).plan(x)
     with pytest.raises(ValueError, match=r"spectral_residual: x has shape \(4, 3\); pass a batch with 3 to 5 axes"):
         spectral_residual(torch.rand(4, 3))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardmix.mixing import MixedTarget, Mixup
+from hardmix.mixing import CutMix, MixedTarget, Mixup
 from mixing.cases import rng
 
 
@@ -58,6 +58,20 @@ def test_from_dense_edges() -> None:
     assert three.labels.tolist() == [[0, 2, 1]]
     half = MixedTarget.from_dense(torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float16))
     assert half.labels.tolist() == [[1, 0]]
+    for dtype, atol in ((torch.bfloat16, 4e-3), (torch.float16, 5e-4), (torch.float64, 1e-12)):
+        small = MixedTarget.from_dense(torch.tensor([[0.02, 0.98, 0.0], [0.3, 0.7, 0.0]]).to(dtype))
+        assert small.labels.tolist() == [[1, 0], [1, 0]]
+        assert torch.allclose(small.weights.double(), torch.tensor([[0.98, 0.02], [0.7, 0.3]]).double(), atol=atol)
+        assert torch.allclose(small.weights.sum(1), torch.ones(2, dtype=small.weights.dtype), atol=1e-6)
+    # Smoothing, in the dtype itself: the floor is no second class.
+    smooth = MixedTarget.from_dense((torch.eye(7) * 0.9 + 0.1 / 7).to(torch.bfloat16))
+    assert smooth.labels.tolist() == [[i, i] for i in range(7)]
+    assert smooth.weights.tolist() == [[1.0, 0.0]] * 7
+    for empty in (torch.zeros(2, 4), torch.full((2, 4), 0.25), torch.zeros(2, 1)):
+        nothing = MixedTarget.from_dense(empty)
+        assert nothing.weights.tolist() == [[1.0, 0.0]] * 2
+        assert torch.equal(nothing.labels[:, 0], nothing.labels[:, 1])
+    assert bool(MixedTarget.from_dense(torch.tensor([[0.5, torch.nan, 0.5]])).weights.isnan().any())
     with pytest.raises(ValueError, match=r"MixedTarget\.from_dense: dense has shape \(3,\); pass a batch with 2 axes"):
         MixedTarget.from_dense(torch.rand(3))
     with pytest.raises(ValueError, match=r"num_labels is 0; pass an integer of at least 1"):
@@ -69,12 +83,20 @@ def test_dense_rows_and_masks() -> None:
     weights = torch.tensor([[0.25, 0.75]]).expand(4, 2)
     dense = MixedTarget(rows, weights).dense()
     assert torch.allclose(dense, 0.25 * rows[:, 0] + 0.75 * rows[:, 1])
-    with pytest.raises(ValueError, match="num_classes is 5 but the labels have 6 columns"):
+    with pytest.raises(ValueError, match=r"num_classes is 5 but the labels have 6 columns; pass 6 or leave it out\.$"):
         MixedTarget(rows, weights).dense(5)
     masks = torch.randint(0, 3, (4, 2, 5, 7), generator=rng())
     dense = MixedTarget(masks, torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)).dense(3)
     one_hot = F.one_hot(masks, 3).movedim(-1, 2).float()
     assert torch.allclose(dense, 0.25 * one_hot[:, 0] + 0.75 * one_hot[:, 1])
+    weights = torch.rand(4, 2, generator=rng())  # one share for all pixels of a sample
+    for labels in (masks, masks[:, :, None].expand(-1, -1, 3, -1, -1)):
+        short, full = (
+            MixedTarget(labels, w) for w in (weights, weights.view(4, 2, *[1] * (labels.ndim - 2)).expand(labels.shape))
+        )
+        assert torch.equal(short.dense(3), full.dense(3))
+        assert torch.equal(short.mean(), full.mean())
+        assert short.mean().shape == (4, *labels.shape[2:])
 
 
 def test_refusals() -> None:
@@ -115,6 +137,39 @@ def test_a_reduced_criterion_is_refused(reduction: str) -> None:
         target.mixed_loss(lambda y: F.cross_entropy(logits, y, reduction=reduction))
     with pytest.raises(ValueError, match=r"returned shape \(4,\) for 6 samples"):
         target.mixed_loss(lambda y: F.cross_entropy(logits, y, reduction="none")[:4])
+    # Another axis would meet the weights of the samples.
+    for wrong in (logits[:, :1], torch.rand(6, 6), torch.rand(6, 1, 6)):
+        with pytest.raises(ValueError, match=r"criterion returned shape \(6, .* for 6 samples; return \(6,\)\.$"):
+            target.mixed_loss(lambda y, wrong=wrong: wrong)
+    with pytest.raises(TypeError, match=r"mixed_loss: criterion returned a float; return a tensor of shape \(6,\)\.$"):
+        target.mixed_loss(lambda y: 1.0)
+    rows = MixedTarget(torch.rand(6, 2, 4), target.weights)
+    with pytest.raises(ValueError, match=r"returned shape \(6, 4\) for 6 samples; return \(6,\)\.$"):
+        rows.mixed_loss(lambda y: F.mse_loss(logits, y, reduction="none"))
+    assert rows.mixed_loss(lambda y: F.mse_loss(logits, y, reduction="none").mean(1)).shape == (6,)
+
+
+@pytest.mark.parametrize("policy", [Mixup(), CutMix()], ids=repr)
+def test_mixed_losses_of_dense_masks(policy: torch.nn.Module) -> None:
+    x, y = torch.rand(4, 3, 5, 4, generator=rng()), torch.randint(0, 3, (4, 5, 4), generator=rng(1))
+    logits = torch.randn(4, 3, 5, 4, generator=rng(2))
+    _, target = policy(x, y, generator=rng(3))
+
+    def pixels(y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, y, reduction="none")
+
+    want = -(target.dense(3) * logits.log_softmax(1)).sum(1)
+    assert torch.allclose(target.mixed_loss(pixels), want, atol=1e-5)
+    if isinstance(policy, CutMix):
+        with pytest.raises(ValueError, match=r"returned shape \(4,\) for 4 samples; return \(4, 5, 4\)\.$"):
+            target.mixed_loss(lambda y: pixels(y).mean((1, 2)))
+    else:  # one weight for all pixels, in any form
+        for weights in (target.weights, target.weights.view(4, 2)):
+            same = MixedTarget(target.labels, weights)
+            assert torch.allclose(same.mixed_loss(pixels), want, atol=1e-5)
+            assert torch.allclose(same.mixed_loss(lambda y: pixels(y).mean((1, 2))), want.mean((1, 2)), atol=1e-5)
+        with pytest.raises(ValueError, match=r"returned shape \(4, 5\) for 4 samples; return \(4,\) or \(4, 5, 4\)\.$"):
+            target.mixed_loss(lambda y: pixels(y).mean(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)

@@ -186,8 +186,9 @@ def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None
 def _paste_mask(x: Tensor, partner: Tensor, box: Tensor, out: Tensor | None) -> Tensor:
     mask = box_mask(box, tuple(x.shape[2:]))
     if torch.compiler.is_compiling():
-        # Otherwise the compiler keeps the comparison as bytes, which it reads one by one: five times the time on a CPU.
-        mask = mask * torch.ones_like(mask[:1]).expand(1, x.shape[1], *mask.shape[2:])
+        # Otherwise the compiler keeps the comparison as bytes, which it reads one by one: four times the time on a CPU.
+        # Ones like `x`, because the first operand of `where` decides the memory format of what comes out.
+        mask = mask * torch.ones_like(x[:1], dtype=mask.dtype)
     return _written(torch.where(mask > 0, x, _gather(x, partner)), out)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hardmix import _check, _math
 from hardmix.kernels.mixed_cross_entropy import mixed_cross_entropy
-from hardmix.mixing.target import MixedTarget
+from hardmix.mixing.target import MixedTarget, spread
 
 REDUCTIONS = ("mean", "sum", "none")
 FORMS = "a MixedTarget, integer labels, or dense soft labels"
@@ -23,12 +23,14 @@ class ClassTarget(NamedTuple):
         weights: (N, K, *spatial) shares in the loss's dtype; 0 where the label does not count.
         dense: (N, C, *spatial) shares of all classes, which then stand for `weights`; or None.
         counted: (N, *spatial) rows that the mean is over; None: all.
+        own: (N, *spatial) rows whose first label counts; None: all, or the others are one label anyway.
     """
 
     labels: Tensor
     weights: Tensor
     dense: Tensor | None = None
     counted: Tensor | None = None
+    own: Tensor | None = None
 
 
 def check_options(
@@ -107,7 +109,12 @@ def mixed_parts(who: str, logits: Tensor, target: MixedTarget) -> tuple[Tensor, 
     for name, value in (("target.labels", labels), ("target.weights", weights)):
         _check.same_length(who, name, value, "logits", logits.shape[0])
         _check.same_device(who, name, value, "logits", logits.device)
-    rows = logits.ndim == 2 and labels.ndim == 3 and labels.shape[2] == logits.shape[1]
+    rows = logits.ndim == 2 and labels.ndim == 3 and not labels.is_complex()
+    if rows and labels.shape[2] != logits.shape[1]:
+        raise ValueError(
+            f"{who}: target.labels has shape {tuple(labels.shape)}, rows of {labels.shape[2]} columns, but logits has "
+            f"{logits.shape[1]} classes; pass rows (N, K, {logits.shape[1]}), or class ids (N, K)."
+        )
     if not rows:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"{who}: target.labels has dtype {labels.dtype}; pass integer class ids (N, K).")
@@ -120,16 +127,16 @@ def mixed_parts(who: str, logits: Tensor, target: MixedTarget) -> tuple[Tensor, 
     if labels.shape[1] == 0:
         raise ValueError(f"{who}: target.labels has shape {tuple(labels.shape)}; pass at least one label per row.")
     shape = labels.shape[:2] if rows else labels.shape
-    spread = weights.view(*weights.shape, *[1] * (len(shape) - 2)) if weights.ndim == 2 else weights
-    fits = spread.ndim == len(shape) and spread.shape[:2] == shape[:2]
-    if not fits or any(a not in (1, b) for a, b in zip(spread.shape, shape, strict=True)):
+    shares = spread(weights, len(shape)) if weights.ndim == 2 else weights
+    fits = shares.ndim == len(shape) and shares.shape[:2] == shape[:2]
+    if not fits or any(a not in (1, b) for a, b in zip(shares.shape, shape, strict=True)):
         raise ValueError(
             f"{who}: target.weights has shape {tuple(weights.shape)} but target.labels has {tuple(labels.shape)}; "
             "pass one weight per label."
         )
     if not weights.is_floating_point():
         raise TypeError(f"{who}: target.weights has dtype {weights.dtype}; pass floating-point shares.")
-    return (labels.to(dtype) if rows else labels.long()), spread.to(dtype).expand(shape)
+    return (labels.to(dtype) if rows else labels.long()), shares.to(dtype).expand(shape)
 
 
 def plain_target(who: str, logits: Tensor, target: object) -> Tensor:
@@ -166,7 +173,7 @@ def class_objective(
             f"{who}: asymmetric is True but dense soft labels do not say which class is the labelled one; "
             "pass a MixedTarget with it first."
         )
-    labels, share, soft, counted = class_target(who, logits, target, ignore_index, 2 if eta > 0 else 0)
+    labels, share, soft, counted, own = class_target(who, logits, target, ignore_index, 2 if eta > 0 else 0)
     column = (1, logits.shape[1], *[1] * (logits.ndim - 2))
     if label_smoothing > 0:
         share = share * (1.0 - label_smoothing)
@@ -177,6 +184,9 @@ def class_objective(
         share = share * weight[labels]
         soft = None if soft is None else soft * weight.view(column)
     loss = mixed_cross_entropy(logits, labels, share, soft, eta=eta, asymmetric=asymmetric)
+    if asymmetric and eta > 0 and own is not None:
+        # What stands in for an ignored label would be regularised in its place.
+        loss = torch.where(own, loss, mixed_cross_entropy(logits, labels, share, soft))
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
     return _math.reduce(loss, reduction, counted)
@@ -197,7 +207,7 @@ def _ids(who: str, logits: Tensor, labels: Tensor, weights: Tensor, ignore_index
     # A label that is not there becomes a duplicate of one that is, so that it is neither regularised nor left out of r.
     instead = labels.gather(1, present.byte().argmax(1, keepdim=True))
     labels = torch.where(present, labels, instead).masked_fill(~counted[:, None], 0)
-    return ClassTarget(labels, weights, None, counted)
+    return ClassTarget(labels, weights, None, counted, present[:, 0] if labels.shape[1] > 2 else None)
 
 
 def _target_tensor(who: str, logits: Tensor, target: object) -> Tensor:

@@ -46,8 +46,9 @@ def decoupled_mixup_loss(
             the **small** share (lambda < 0.5), checked again after the mask is made: a clipped box can turn it over.
         weight: (C,) factor of each class in the cross entropy. R is not weighted.
         ignore_index: class id that does not count. An ignored label drops out with its share, the other shares stay as
-            they are, and without a pair R = 0. A row without another label that has a share is skipped: its loss is 0
-            and the mean is not over it. Dense soft labels and rows have no ignored class.
+            they are, and without a pair R = 0, with `asymmetric` also where the own label is ignored. A row without
+            another label that has a share is skipped: its loss is 0 and the mean is not over it. Dense soft labels and
+            rows have no ignored class.
         label_smoothing: epsilon of the cross entropy's target, (1 - epsilon) y + epsilon / C. R is not smoothed.
         reduction: "mean" over the rows (pixels) that are not skipped, "sum", or "none".
 

@@ -185,7 +185,9 @@ def _per_row(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _unit_range(x: Tensor) -> None:
-    """Refuse floats outside [0, 1]; looks at values on the CPU only, where nobody has to wait for them."""
+    """Refuse integers but uint8, and floats outside [0, 1]; looks at values on the CPU only, where nobody waits."""
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise TypeError(f"AugMix: x has dtype {x.dtype}; pass uint8 images or floats in [0, 1].")
     if not x.is_floating_point() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = (float(value) for value in torch.aminmax(x.detach()))

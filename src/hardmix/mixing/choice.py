@@ -44,6 +44,8 @@ class RandomChoice(Policy):
     ) -> None:
         who = "RandomChoice"
         _check.choice(who, "per", per, ("batch", "sample"))
+        if not isinstance(policies, (Sequence, nn.ModuleList)) or isinstance(policies, str):
+            raise TypeError(f"{who}: policies is a {type(policies).__name__}; pass a list of mixing policies.")
         members = [_member(policy) for policy in policies]
         if not members:
             raise ValueError(f"{who}: policies is empty; pass at least one policy.")
@@ -288,6 +290,8 @@ def _member(policy: Policy | str | None) -> Policy:
 def _probabilities(p: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if p is None:
         return (1.0 / count,) * count
+    if not isinstance(p, Sequence) or isinstance(p, str):
+        raise TypeError(f"RandomChoice: p is a {type(p).__name__}; pass a list of numbers, one for each policy.")
     values = [_check.between("RandomChoice", "p", value, 0.0, math.inf) for value in p]
     total = sum(values)
     if len(values) != count or not 0.0 < total < math.inf:

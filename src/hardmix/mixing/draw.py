@@ -85,14 +85,15 @@ def given_partner(who: str, partner: Tensor, n: int) -> Pairing:
 
 
 def draw_beta(a: float, b: float, n: int, generator: Generator | None) -> Tensor:
-    """(n,) float32 draws of Beta(a, b), with no NaN for parameters from 1e-4 to 1e4.
+    """(n,) float32 draws of Beta(a, b), true to it for parameters from 1e-4 to 1e4 and never NaN for other finite ones.
 
     Gamma(a) is drawn as Gamma(a + 1) u^(1/a) and the ratio is formed from logarithms: for small parameters both
     gammas underflow to 0 and their plain ratio is 0 / 0. Beta(1, 1) is the uniform distribution and drawn as such.
     """
     if a == 1.0 and b == 1.0:
         return _of(generator, torch.rand, n)
-    shape = torch.tensor([[a], [b]], dtype=torch.float64)
+    # Below 1e-306 the logarithms would overflow, and their difference be NaN.
+    shape = torch.tensor([[max(a, 1e-300)], [max(b, 1e-300)]], dtype=torch.float64)
     gamma = torch._standard_gamma((shape + 1.0).expand(2, n), generator=generator)
     # rand can return 0, whose logarithm is -inf for both gammas and their difference NaN.
     uniform = _of(generator, torch.rand, (2, n), dtype=torch.float64).clamp_(min=2.0**-60)

@@ -62,7 +62,7 @@ class ManifoldMixup(Policy):
         if not listed or not all(isinstance(name, str) for name in layers):
             raise TypeError(f"{who}: layers is {layers!r}; pass a list of submodule names.")
         self.layers = tuple(layers)
-        self.include_input = bool(include_input)
+        self.include_input = _check.boolean(who, "include_input", include_input)
         if not self.layers and not self.include_input:
             raise ValueError(f"{who}: layers is empty and include_input is False; name a layer to mix at.")
         self._state = _State(type(self))

@@ -59,11 +59,26 @@ class MixPlan:
         gathering rows; it must agree with `partner`. Without `lam` it is the mean of the mask.
 
         Raises:
+            TypeError: something that is not a tensor, or a tensor of the wrong kind of numbers; a bool mask is taken as
+                0 and 1, and narrower integers as long.
             ValueError: rows of `lam`, `mask` or `box` that are not those of `partner`, `box` without `size`, or neither
-                a share nor a place. Values are not looked at.
+                a share nor a place. Values are not looked at: a row of `partner` below 0 or beyond the batch may raise
+                an error of torch, or mix with another row.
         """
         if box is not None and size is None:
             raise ValueError("MixPlan: box is given without size; pass the spatial size that the boxes refer to.")
+        if size is not None and not isinstance(size, tuple):
+            raise TypeError(f"MixPlan: size is {size!r}; pass a tuple of the spatial lengths.")
+        partner = _integers("partner", partner)
+        box = None if box is None else _integers("box", box)
+        if mask is not None and _check.tensor("MixPlan", "mask", mask).dtype == torch.bool:
+            mask = mask.to(torch.float32)
+        for name, value in (("mask", mask), ("lam", lam)):
+            if value is not None and not _check.tensor("MixPlan", name, value).is_floating_point():
+                raise TypeError(f"MixPlan: {name} has dtype {value.dtype}; pass floating-point shares from 0 to 1.")
+        for name, value in (("own", own), ("other", other), ("fit", fit), ("source", source)):
+            if value is not None:
+                _check.tensor("MixPlan", name, value)
         if lam is None:
             lam = _mean_share(mask, box, size)
         rows = partner.shape[0] if partner.ndim == 1 else None
@@ -113,7 +128,9 @@ class MixPlan:
         return self.partner.shape[0]
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} rows", f"lam from {float(self.lam.min()):.3f} to {float(self.lam.max()):.3f}"]
+        parts = [f"{len(self)} rows"]
+        if len(self) > 0 and self.lam.device.type != "meta":
+            parts.append(f"lam from {float(self.lam.min()):.3f} to {float(self.lam.max()):.3f}")
         mask = self.mask
         if mask is not None:
             parts.append(f"mask {tuple(mask.shape)}")
@@ -152,12 +169,12 @@ class MixPlan:
         Args:
             x: (N, ...) batch.
             out: optional tensor like `x` to write into; a fresh batch costs several times the arithmetic on a CPU.
-                It must not overlap `x`; use `blend_` for that.
+                It must not overlap `x` (use `blend_` for that) nor require a gradient.
 
         Raises:
             ValueError: another number of rows than the plan, another device, a rank that the mask can't be put on,
-                another shape than the changed images that the plan carries, or an `out` that is not like `x` or shares
-                its memory.
+                another shape than the changed images that the plan carries, or an `out` that is not like `x`, shares
+                its memory or requires a gradient.
         """
         self._check_rows("MixPlan.blend", x)
         if out is not None:
@@ -165,8 +182,17 @@ class MixPlan:
         return self._blend(x, out)
 
     def blend_(self, x: Tensor) -> Tensor:
-        """`blend`, written into `x` itself for a caller who no longer needs the clean batch. Returns `x`."""
+        """`blend`, written into `x` itself for a caller who no longer needs the clean batch. Returns `x`.
+
+        A leaf that requires a gradient is refused. The resized partners of a plan of ResizeMix (`other`) are made from
+        the batch when they are asked for, so ask before.
+        """
         self._check_rows("MixPlan.blend_", x)
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            raise ValueError(
+                "MixPlan.blend_: x is a leaf that requires a gradient and can't be overwritten; use blend, or blend_ "
+                "under torch.no_grad()."
+            )
         _check_memory("MixPlan.blend_", "x", x)
         return self._blend(x, x)
 
@@ -214,6 +240,8 @@ class MixPlan:
         _check.same_length(who, "y", y, "the plan", len(self))
         _check.same_device(who, "y", y, "the plan", self.lam.device)
         _check.choice(who, "kind", kind, ("auto", "rows", "mask"))
+        if y.is_complex():
+            raise TypeError(f"{who}: y has dtype {y.dtype}; pass integers or floating-point labels.")
         if not y.is_floating_point():
             y = y.long()  # narrower integers can't index
         is_mask = kind == "mask"
@@ -295,13 +323,16 @@ def _check_out(who: str, x: Tensor, out: object) -> None:
             f"{tuple(x.shape)}, {x.dtype} and {x.device}; pass torch.empty_like(x)."
         )
     _check_memory(who, "out", out)
-    if torch.compiler.is_compiling() or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{who}: out requires a gradient and can't be overwritten; pass out.detach().")
+    if torch.compiler.is_compiling() or x.is_meta:  # which have no addresses
         return
-    ends = [
-        t.data_ptr() + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
-        for t in (x, out)
-    ]
-    if out.data_ptr() < ends[0] and x.data_ptr() < ends[1]:
+    # Not the storages: NumPy arrays that share memory come with one each.
+    first, second = (x, out) if x.data_ptr() <= out.data_ptr() else (out, x)
+    length = first.numel()
+    if not first.is_contiguous():
+        length = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
+    if second.data_ptr() < first.data_ptr() + first.element_size() * length:
         raise ValueError(f"{who}: out shares memory with x; pass another tensor, or call blend_ to write into x.")
 
 
@@ -311,6 +342,15 @@ def _check_memory(who: str, name: str, value: Tensor) -> None:
         raise ValueError(
             f"{who}: {name} has strides {value.stride()} and repeats its memory; pass {name}.contiguous()."
         )
+
+
+def _integers(name: str, value: Tensor) -> Tensor:
+    """Row numbers or pixels as long. uint8 would index as a mask does."""
+    if _check.tensor("MixPlan", name, value).dtype == torch.long:
+        return value
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"MixPlan: {name} has dtype {value.dtype}; pass integers.")
+    return value.long()
 
 
 def _mean_share(mask: Tensor | None, box: Tensor | None, size: tuple[int, ...] | None) -> Tensor:

@@ -64,7 +64,8 @@ class Policy(nn.Module):
         Args:
             x: (N, ...) batch; only its shape and device are read unless the policy looks at pixels.
             y: labels, for policies that look at them.
-            generator: CPU generator; None takes torch's global one.
+            generator: CPU generator; None takes torch's global one. `torch.compile(fullgraph=True)` can't take a
+                generator: leave it out there and seed the global one.
             partner: (N,) row numbers to mix with instead of a drawn pairing.
         """
         who = type(self).__name__

@@ -105,12 +105,16 @@ def saliency_map(
         return input_saliency(model, x, y, who=who)
     with torch.no_grad():
         found = saliency(x) if callable(saliency) else spectral_residual(x)
-    if not isinstance(found, Tensor) or found.ndim != x.ndim - 1 or found.shape[0] != x.shape[0]:
+    fits = isinstance(found, Tensor) and found.ndim == x.ndim - 1 and found.shape[0] == x.shape[0]
+    if not fits or found.numel() == 0:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
             f"{who}: saliency returned {got} for a batch of shape {tuple(x.shape)}; "
             "return one map (N, *spatial) per sample."
         )
+    if found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{who}: saliency returned dtype {found.dtype}; return integers or floating-point values.")
+    _check.same_device(who, "the map that saliency returned", found, "x", x.device)
     return found.detach()
 
 

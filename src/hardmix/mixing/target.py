@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix import _check
+from hardmix import _check, _math
 
 
 class MixedTarget(NamedTuple):
@@ -17,7 +17,8 @@ class MixedTarget(NamedTuple):
     Attributes:
         labels: (N, K) class ids, or (N, K) floats for regression, or (N, K, C) one-hot, multi-hot or soft rows, or
             (N, K, *spatial) class ids for dense masks. For a pair K = 2: own label first, partner's second.
-        weights: (N, K) shares that sum to one over K. For dense masks (N, K, *spatial) or broadcastable to it.
+        weights: (N, K) shares that sum to one over K. For dense masks (N, K, *spatial), broadcastable to it, or (N, K)
+            (series as (N, K, 1): labels (N, K, L) with (N, K) weights are rows).
 
     It is a NamedTuple, so collate functions, pinning, `.to` helpers and `torch.compile` see a plain pytree.
     """
@@ -48,7 +49,10 @@ class MixedTarget(NamedTuple):
         if self.labels.ndim == 3 and self.weights.ndim == 2:
             mixed = (self.labels.to(self.weights.dtype) * self.weights[..., None]).sum(1)
             if num_classes is not None and num_classes != mixed.shape[1]:
-                raise ValueError(f"{who}: num_classes is {num_classes} but the labels have {mixed.shape[1]} columns.")
+                raise ValueError(
+                    f"{who}: num_classes is {num_classes} but the labels have {mixed.shape[1]} columns; "
+                    f"pass {mixed.shape[1]} or leave it out."
+                )
         elif self.labels.is_floating_point():
             raise ValueError(f"{who}: the labels are floats (regression); use .mean() for the blended number.")
         elif num_classes is None:
@@ -57,14 +61,14 @@ class MixedTarget(NamedTuple):
             num_classes = _check.integer(who, "num_classes", num_classes, 1)
             _check.classes_in_range(who, "labels", self.labels, num_classes)
             shape = (self.labels.shape[0], num_classes, *self.labels.shape[2:])
-            weights = self.weights.expand(self.labels.shape)
+            weights = spread(self.weights, self.labels.ndim).expand(self.labels.shape)
             mixed = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
             mixed = mixed.scatter_add(1, self.labels.long(), weights)
         return mixed if smoothing == 0.0 else mixed * (1.0 - smoothing) + smoothing / mixed.shape[1]
 
     def mean(self) -> Tensor:
-        """The blended value sum_k w_k label_k of float labels: (N,), or (N, C) for rows."""
-        weights = self.weights if self.labels.ndim == self.weights.ndim else self.weights[..., None]
+        """The blended value sum_k w_k label_k of float labels: (N,), (N, C) for rows, or (N, *spatial)."""
+        weights = spread(self.weights, self.labels.ndim)
         return (self.labels.to(weights.dtype) * weights).sum(1)
 
     def mixed_loss(self, criterion: Callable[[Tensor], Tensor]) -> Tensor:
@@ -72,23 +76,27 @@ class MixedTarget(NamedTuple):
 
         Args:
             criterion: maps one label of each sample, labels[:, k], to unreduced losses (N,), for example
-                `lambda y: F.cross_entropy(logits, y, reduction="none")`.
+                `lambda y: F.cross_entropy(logits, y, reduction="none")`; for dense masks to (N, *spatial), or to (N,)
+                where all pixels of a sample have one weight.
 
         Returns:
             (N,) losses, or (N, *spatial) for dense masks.
 
         Raises:
-            ValueError: a criterion that reduces over the batch, whose weighted sum would be another quantity.
+            TypeError: a criterion that returns no tensor.
+            ValueError: a criterion that reduces over the batch, whose weighted sum would be another quantity, or that
+            returns losses of another shape.
         """
         rows, losses = self.labels.shape[0], []
+        is_rows = self.labels.ndim == 3 and self.weights.ndim == 2 and self.labels.is_floating_point()
+        shapes: list[tuple[int, ...]] = [] if any(n > 1 for n in self.weights.shape[2:]) else [(rows,)]
+        if self.labels.ndim > 2 and not is_rows:
+            shapes.append((rows, *self.labels.shape[2:]))
         for labels, weights in zip(self.labels.unbind(1), self.weights.unbind(1), strict=True):
             loss = criterion(labels)
-            if loss.ndim < 1 or loss.shape[0] != rows:
-                raise ValueError(
-                    f"MixedTarget.mixed_loss: criterion returned shape {tuple(loss.shape)} for {rows} samples; "
-                    "pass reduction='none'."
-                )
-            losses.append(loss * weights)
+            if not isinstance(loss, Tensor) or tuple(loss.shape) not in shapes:
+                raise _not_a_loss(loss, rows, shapes)
+            losses.append(loss * (weights.flatten() if loss.ndim == 1 else spread(weights, loss.ndim)))
         return torch.stack(losses).sum(0)
 
     @classmethod
@@ -97,13 +105,14 @@ class MixedTarget(NamedTuple):
 
         Smoothing lifts every class by the same floor, so the floor (the smallest entry of a row) is taken off before
         the `num_labels` largest entries are read; their shares are rescaled to sum to one. A row with one class comes
-        back as that class repeated with weights (1, 0, ...). With C <= `num_labels` no class is left to show the
-        floor: it is taken as 0. A row that mixes more than `num_labels` classes keeps its largest ones.
+        back as that class repeated with weights (1, 0, ...); so does a row that is flat or all zero. With C <=
+        `num_labels` no class is left to show the floor: it is taken as 0. A row that mixes more than `num_labels`
+        classes keeps its largest ones. Weights are float32 or wider.
         """
         who = "MixedTarget.from_dense"
         dense = _check.batch(who, "dense", dense, 2, 2)
-        if not dense.is_floating_point():
-            dense = dense.to(torch.float32)
+        eps = torch.finfo(dense.dtype if dense.is_floating_point() else torch.float32).eps
+        dense = dense.to(_math.wide(dense.dtype))
         num_classes = dense.shape[1]
         num_labels = _check.integer(who, "num_labels", num_labels, 1)
         floor = dense.amin(1, keepdim=True) if num_classes > num_labels else torch.zeros_like(dense[:, :1])
@@ -113,8 +122,23 @@ class MixedTarget(NamedTuple):
         if top < num_labels:
             weights = torch.nn.functional.pad(weights, (0, num_labels - top))
             labels = torch.cat([labels, labels[:, :1].expand(-1, num_labels - top)], 1)
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        # What is left of the floor after rounding is not a second class.
-        present = weights > 4 * torch.finfo(dense.dtype).eps
-        labels = torch.where(present, labels, labels[:, :1])
-        return cls(labels, torch.where(present, weights, torch.zeros_like(weights)))
+        # What is left of the floor after rounding is not a second class. A NaN stays one.
+        rounding = 4 * (eps * floor.abs() + torch.finfo(weights.dtype).eps * weights.sum(1, keepdim=True))
+        absent = weights <= rounding
+        labels = torch.where(absent, labels[:, :1], labels)
+        weights = weights.masked_fill(absent, 0.0)
+        weights[:, 0].masked_fill_(absent.all(1), 1.0)
+        return cls(labels, weights / weights.sum(1, keepdim=True))
+
+
+def spread(weights: Tensor, ndim: int) -> Tensor:
+    """Shares (N, K) or (N, K, ...) with axes of length 1 at the end, up to `ndim` of them."""
+    return weights.view(*weights.shape, *[1] * (ndim - weights.ndim))
+
+
+def _not_a_loss(loss: object, rows: int, shapes: list[tuple[int, ...]]) -> Exception:
+    who, wanted = "MixedTarget.mixed_loss", " or ".join(map(str, shapes))
+    if not isinstance(loss, Tensor):
+        return TypeError(f"{who}: criterion returned a {type(loss).__name__}; return a tensor of shape {wanted}.")
+    do = f"return {wanted}" if loss.ndim and loss.shape[0] == rows else "pass reduction='none'"
+    return ValueError(f"{who}: criterion returned shape {tuple(loss.shape)} for {rows} samples; {do}.")
