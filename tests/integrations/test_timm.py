@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hardmix.losses import DecoupledMixupLoss, SoftCrossEntropyLoss
 from hardmix.mixing import MixedTarget
 
 BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+X = torch.rand(4, 3, 8, 8)
 
 
 def seeded(seed=0):
@@ -177,6 +181,74 @@ def test_disabled_mixing_leaves_smoothed_dense_labels():
     mixed, dense = mix(x, torch.tensor([0, 4, 2]))
     assert torch.equal(mixed, x)
     assert torch.allclose(dense, torch.eye(5)[[0, 4, 2]] * 0.9 + 0.02)
+
+
+def test_settings_are_obeyed_when_they_are_set_afterwards():
+    """Each against an adapter that had the setting from the start."""
+    x, y = torch.rand(6, 1, 16, 16), torch.arange(6)
+    start = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mode": "elem", "num_classes": 6}
+    for name, value in [
+        ("mix_prob", 0.0),
+        ("switch_prob", 1.0),
+        ("mixup_alpha", 0.0),
+        ("mixup_alpha", 30.0),
+        ("cutmix_alpha", 0.0),
+        ("cutmix_minmax", (0.1, 0.3)),
+        ("mode", "batch"),
+        ("correct_lam", False),
+        ("label_smoothing", 0.4),
+        ("num_classes", 9),
+    ]:
+        late, early = Mixup(**start), Mixup(**{**start, name.replace("mix_prob", "prob"): value})
+        before = getattr(late, name)
+        setattr(late, name, value)
+        assert before != getattr(late, name) == getattr(early, name) == value
+        for mix in (late, early):
+            mix.generator = seeded(4)
+        for a, b in zip(late(x, y), early(x, y), strict=True):
+            assert torch.equal(a, b), name
+        plans = [mix.policy.plan(x, generator=seeded(5)) for mix in (late, early)]
+        assert torch.equal(plans[0].blend(x), plans[1].blend(x))
+    late = Mixup(**start)
+    late.mix_prob = 0.0
+    assert torch.equal(late(x, y)[0], x)
+
+
+def test_a_setting_is_checked_when_it_is_set_and_both_alphas_when_they_are_used():
+    mix = Mixup(num_classes=4)
+    for name, value, message in [
+        ("mix_prob", 1.5, "mix_prob is 1.5"),
+        ("mode", "half", "mode is 'half'; pass one of"),
+        ("cutmix_minmax", (0.8, 0.2), "cutmix_minmax is"),
+        ("label_smoothing", -1.0, "label_smoothing is -1.0"),
+        ("num_classes", 0, "num_classes is 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"Mixup: {message}"):
+            setattr(mix, name, value)
+    mix.mixup_alpha = 0.0
+    with pytest.raises(ValueError, match="Mixup: mixup_alpha and cutmix_alpha are both 0; pass a positive one"):
+        mix(X, torch.arange(4))
+    mix.cutmix_alpha = 1.0
+    assert mix(X, torch.arange(4))[1].shape == (4, 4)
+    assert Mixup(num_classes=4)(torch.rand(4, 7), torch.arange(4))[0].shape == (4, 7)
+    with pytest.raises(ValueError, match=r"Mixup: x has shape \(4, 7\); pass a batch with 3 to 5 axes"):
+        mix(torch.rand(4, 7), torch.arange(4))
+
+
+def test_a_copy_has_settings_of_its_own():
+    mix = Mixup(**BOTH, num_classes=4)
+    copies = copy.deepcopy(mix), pickle.loads(pickle.dumps(mix))
+    mix.mix_prob = 0.0
+    for one in copies:
+        assert one.policy.mix is one
+        assert one.mix_prob == 1.0
+
+
+def test_class_ids_may_stand_in_a_column():
+    x, y = torch.rand(4, 3, 8, 8), torch.tensor([3, 0, 1, 2])
+    results = [Mixup(**BOTH, num_classes=4, generator=seeded(7))(x, target) for target in (y, y[:, None])]
+    for flat, column in zip(*results, strict=True):
+        assert torch.equal(flat, column)
 
 
 def test_draws_come_from_the_generator_alone():

@@ -96,6 +96,33 @@ def test_disabled_mixing_is_the_same(timm_mixup):
     assert torch.allclose(results[0][1], results[1][1])
 
 
+def test_attributes_are_timms(timm_mixup):
+    settings = {"mixup_alpha": 0.3, "cutmix_minmax": (0.2, 0.8), "prob": 0.7, "mode": "pair", "num_classes": 4}
+    ours, real = Mixup(**settings), timm_mixup.Mixup(**settings)
+    for name, value in vars(real).items():
+        assert getattr(ours, name) == value, name
+        setattr(ours, name, value)
+
+
+def test_a_column_of_class_ids_is_the_same(timm_mixup):
+    x, y = torch.rand(4, 3, 8, 8), torch.tensor([[0], [2], [1], [2]])
+    dense = [make(prob=0.0, num_classes=3)(x.clone(), y)[1] for make in (Mixup, timm_mixup.Mixup)]
+    assert torch.allclose(*dense)
+
+
+def test_whole_numbers_as_the_documentation_has_them(timm_mixup):
+    """uint8 images in timm: Mixup of a batch fails, CutMix of one is right, and per row the labels lose lambda."""
+    x, y = torch.randint(1, 256, (4, 1, 8, 8), dtype=torch.uint8), torch.arange(4)
+    settings = {"num_classes": 4, "label_smoothing": 0.0}
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        timm_mixup.Mixup(**settings)(x.clone(), y)
+    mixed, dense = timm_mixup.Mixup(0.0, cutmix_minmax=(0.5, 0.7), **settings)(x.clone(), y)
+    assert (mixed[:, 0] == x[:, 0]).float().mean((1, 2)).tolist() == pytest.approx(dense.diagonal().tolist(), abs=0.1)
+    assert dense[0, 0] == 0.75
+    for mode in ("pair", "elem"):
+        assert timm_mixup.Mixup(mode=mode, **settings)(x.clone(), y)[1].diagonal().sum() == 0
+
+
 def test_names_and_defaults_are_timms(timm_mixup):
     def arguments(make):
         return [(p.name, p.default) for p in inspect.signature(make).parameters.values() if p.kind != p.KEYWORD_ONLY]

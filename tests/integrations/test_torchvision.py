@@ -120,6 +120,22 @@ def test_masks_are_cut_with_their_images(shape, dtype):
         assert not torch.equal(masks, mask)
 
 
+@pytest.mark.parametrize("make", [MixUp, CutMix])
+def test_masks_of_something_else_than_pixels_pass(make):
+    """By their shape: of tokens, of padding, of attention, and of another size than the image."""
+    others = {
+        "attention_mask": torch.ones(4, 5, dtype=torch.long),
+        "pad_mask": torch.ones(4, dtype=torch.bool),
+        "causal_mask": torch.ones(4, 5, 5, dtype=torch.bool),
+        "square_mask": torch.ones(8, 8, dtype=torch.bool),
+        "small_mask": torch.randint(5, (4, 2, 2)),
+    }
+    out = make(num_classes=4)({**others, "image": X, "label": torch.arange(4)})
+    assert not torch.equal(out["image"], X)
+    for name, value in others.items():
+        assert out[name] is value, name
+
+
 def test_a_blended_mask_is_refused():
     mask = torch.randint(5, (4, 8, 8))
     for batch in [(torch.rand(4, 3, 8, 8), mask), (torch.rand(4, 3, 8, 8), {"labels": torch.arange(4), "mask": mask})]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import colorsys
 import json
 import re
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from hardmix.report import write_comparison_report, write_run_report
-from hardmix.report.robustness_plots import FILE, section
+from hardmix.metrics.robustness import KINDS
+from hardmix.report import plots, write_comparison_report, write_run_report
+from hardmix.report.robustness_plots import COLOR_NAMES, FILE, section
 from hardmix.train import robustness
 from hardmix.train.robustness import MEASURES
 
@@ -24,13 +27,14 @@ LAMS = [0.1, 0.3, 0.5, 0.7, 0.9]
 def run_result() -> dict[str, Any]:
     diagram = {"confidence": [None, 0.45, 0.8], "accuracy": [None, 0.6, 0.7], "count": [0, 40, 60]}
     calibration = {"nll": 0.9, "ece": 0.124, "adaptive_ece": 0.12, "reliability": diagram}
+    scaled = {"nll": 0.71, "ece": 0.021, "adaptive_ece": 0.033}
     return {
         "format": 1,
         "occlusion": {"patch": 4, "grid": [7, 7], "rates": [0.0, 0.5, 0.9], "accuracy": [0.912, 0.655, 0.2]},
         "fgsm": {"epsilons": [1 / 255, 8 / 255], "accuracy": [0.8, 0.123]},
         "corruptions": {"severities": [1, 2, 3, 4, 5], "accuracy": {"jpeg": [0.9, 0.8, 0.7, 0.6, 0.5]}},
         "mixed": {kind: {"lam": LAMS, "both": [0.1, 0.3, 0.5, 0.3, 0.1]} for kind in ("mixup", "cutmix")},
-        "calibration": {"temperature": 1.62, "before": calibration, "after": {**calibration, "ece": 0.021}},
+        "calibration": {"temperature": 1.62, "before": calibration, "after": {**calibration, **scaled}},
         "training": {"clean": 0.95, "mixed": 0.62, "ceiling": 0.774, "logged": 0.6, "validation": 0.905},
     }
 
@@ -75,9 +79,30 @@ def test_a_run_in_words_and_tables(tmp_path):
     assert "1/255 8/255 accuracy 80.0 % 12.3 %" in text
     shown = section(tmp_path / "run")
     assert shown is not None
-    assert (len(shown["plots"]), len(shown["diagrams"]), len(shown["tables"])) == (2, 2, 3)
+    assert (len(shown["plots"]), len(shown["diagrams"]), len(shown["tables"])) == (2, 2, 4)
+    assert "NLL ECE adaptive ECE as trained 0.9 12.4 % 12.0 % after temperature scaling 0.71 2.1 % 3.3 %" in text
     assert "accuracy from 91.2 % at 0 to 20.0 % at 90" in shown["plots"][0][0].alt.replace("\u00a0", " ")
     assert shown["notes"] == []
+
+
+def test_a_caption_names_the_colour_of_every_curve(tmp_path):
+    """Each name is held against the hue of the colour that its curve is drawn in."""
+    hues = {"Blue": 202, "Orange": 26, "Green": 164, "Purple": 321, "Ochre": 45, "Light blue": 199, "Brown": 28}
+    assert len(COLOR_NAMES) == len(plots.COLORS)
+    assert COLOR_NAMES[0] == "Grey"
+    for name, shade in zip(COLOR_NAMES[1:], plots.COLORS[1:], strict=True):
+        red, green, blue = (int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        assert 360 * colorsys.rgb_to_hsv(red, green, blue)[0] == pytest.approx(hues[name], abs=2), name
+    result = run_result()
+    result["mixed"] = {kind: {"lam": LAMS, "both": [0.1 * k] * 5} for k, kind in enumerate(KINDS, 1)}
+    put(tmp_path, result)
+    shown = section(tmp_path)
+    assert shown is not None
+    plot, caption = shown["plots"][1]
+    assert caption.endswith(" Blue: Mixup, Orange: CutMix, Green: FMix, Purple: ResizeMix.")
+    svg = base64.b64decode(plot.uri.split(",")[1]).decode()
+    places = [svg.index(f"stroke: {shade}") for shade in plots.COLORS[1:5]]
+    assert places == sorted(places)
 
 
 def test_what_a_run_lacks_is_left_out(tmp_path):

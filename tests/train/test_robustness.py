@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from hardmix.data.splits import stratified_subset
 from hardmix.metrics import classification_metrics
 from hardmix.mixing import MixedTarget
+from hardmix.terminal import print_lines
+from hardmix.train import robustness
 from hardmix.train.evaluate import evaluate_run, load_run
 from hardmix.train.files import write_json
 from hardmix.train.loop import run_recipe
 from hardmix.train.robustness import (
     MEASURES,
     _largest_share,
+    _OnPixels,
+    _seen_by_policies,
     comparison_rows,
     robustness_of_comparison,
     robustness_of_run,
     rows,
 )
+from hardmix.train.seeds import generator
 
 from .conftest import tiny
 
@@ -190,6 +198,76 @@ def test_a_policy_that_mixes_hidden_layers_is_not_asked_in_evaluation_mode(tmp_p
     got = robustness_of_run(tmp_path / "run", samples=60)
     assert got["training"]["mixed"] is got["headline"]["train_mixed"] is None
     assert 0.5 < got["training"]["ceiling"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"name": "transmix", "attention": 1.0},
+        {"name": "tokenmix"},
+        {"name": "sumix", "policy": {"name": "cutmix"}, "scale": 100.0},
+        {"name": "random-choice", "policies": [{"name": "tokenmix"}, {"name": "cutmix"}]},
+    ],
+    ids=lambda policy: policy["name"],
+)
+def test_the_ceiling_is_that_of_the_labels_that_are_trained_with(tmp_path, monkeypatch, policy):
+    """Against the same draws, made and weighed as a step of the training does it."""
+    model = {"name": "tiny-vit", "options": {"patch": 2, "dim": 16, "depth": 3, "heads": 2}}
+    recipe = tiny(policy=policy, model=model, data={"augment": []}, objective=CROSS_ENTROPY, train={"epochs": 1})
+    run_recipe(recipe, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    with torch.no_grad():
+        for weight in run.model.parameters():
+            weight.mul_(4.0)  # so that it attends to something
+    monkeypatch.setattr(robustness, "load_run", lambda *args: run)
+    got = robustness_of_run(tmp_path / "run", samples=96)["training"]
+    task = run.task
+    index = stratified_subset(task.train_set.labels, 96, seed=0)
+    images, labels = task.train_set.batch(index), task.train_set.labels[index]
+    run.model.train()
+    drawn, weighed, right = [], [], []
+    for part, at in enumerate(torch.randperm(96, generator=generator(0, "probe")).split(32)):
+        x, target = task.policy(images[at].float() / 255, labels[at], generator=generator(0, "probe-mix", part))
+        drawn.append(_largest_share(target))
+        with torch.no_grad():
+            logits = task.on_pixels(x)
+        target = task.policy.relabel(logits, target)
+        task.policy.disarm()
+        weighed.append(_largest_share(target))
+        right.append(((target.labels == logits.argmax(1)[:, None]) * target.weights).sum(1))
+    assert got["ceiling"] == pytest.approx(torch.cat(weighed).mean().item(), abs=1e-5)
+    assert got["mixed"] == pytest.approx(torch.cat(right).mean().item(), abs=1e-5)
+    assert abs(got["ceiling"] - torch.cat(drawn).mean().item()) > 3e-3
+
+
+def test_the_probe_reads_the_model_without_a_trace():
+    """In the mode in which policies read it, but with its parts in evaluation mode; and as it was afterwards."""
+    body = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
+    modes = []
+    body.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    task = SimpleNamespace(normalize=nn.Identity(), recipe=SimpleNamespace(train=SimpleNamespace(channels_last=False)))
+    model = _OnPixels(SimpleNamespace(model=body, task=task)).eval()
+    x = torch.rand(3, 1, 2, 2)
+    expected = model(x)
+    before = [value.clone() for value in body.state_dict().values()]
+    assert torch.equal(_seen_by_policies(model, x), expected)
+    assert modes == [False, True]
+    assert not any(module.training for module in model.modules())
+    assert all(map(torch.equal, body.state_dict().values(), before))
+
+
+def test_values_stand_below_what_they_are_measured_at(result, monkeypatch, capsys):
+    """In a pipe, which has no width of its own to wrap at."""
+    monkeypatch.setenv("COLUMNS", "80")
+    table = rows(result)
+    print_lines(("measure", "over", "values"), table)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(table) + 1
+    at = printed[0].index("values")
+    for line, (name, over, values) in zip(printed[1:], table, strict=True):
+        assert line.startswith(name)
+        assert over in line
+        assert line[at:].rstrip() == values.rstrip()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +17,27 @@ from hardmix.mixing.static import cut_box, cut_side, whole_pixels
 
 #: timm's word for how often lambda, the box and the choice of policy are drawn -> ours
 _PER = {"batch": "batch", "pair": "pair", "elem": "sample"}
+
+
+def _share(who: str, name: str, value: object) -> float:
+    return _check.between(who, name, value, 0.0, 1.0)
+
+
+def _sides(who: str, name: str, value: object) -> tuple[float, float] | None:
+    return None if value is None else _check.interval(who, name, value, 0.0, 1.0)
+
+
+#: what every value of an attribute has to pass, at the start and later
+_CHECKS: dict[str, Callable[[str, str, object], Any]] = {
+    "mixup_alpha": _check.non_negative,
+    "cutmix_alpha": _check.non_negative,
+    "cutmix_minmax": _sides,
+    "mix_prob": _share,
+    "switch_prob": _share,
+    "mode": lambda who, name, value: _check.choice(who, name, value, _PER),
+    "label_smoothing": _share,
+    "num_classes": lambda who, name, value: _check.integer(who, name, value, 1),
+}
 
 
 class Mixup:
@@ -39,6 +61,7 @@ class Mixup:
 
     Attributes:
         mixup_enabled: timm's loops clear it for the last epochs. Targets stay dense and smoothed.
+        mix_prob: `prob`, as timm calls it. It and the other arguments are attributes that the next batch obeys.
         policy: draws the plans; `mix.policy.plan(x)` gives one that also mixes masks and second views.
 
     Differs from timm: `x` is never written; odd batches work, their middle row meets itself; uint8 images are blended
@@ -67,23 +90,33 @@ class Mixup:
         generator: Generator | None = None,
     ) -> None:
         who = "Mixup"
-        _check.choice(who, "mode", mode, _PER)
-        self.policy = MixupOrCutMix(
-            mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, per=_PER[mode], correct_lam=correct_lam
-        )
-        self.label_smoothing = _check.between(who, "label_smoothing", label_smoothing, 0.0, 1.0)
-        self.num_classes = _check.integer(who, "num_classes", num_classes, 1)
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha if cutmix_minmax is None else 1.0
+        self.cutmix_minmax = cutmix_minmax
+        self.mix_prob = _share(who, "prob", prob)
+        self.switch_prob = switch_prob
+        self.mode = mode
+        self.correct_lam = correct_lam
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
         self.multi_label = multi_label
         self.generator = cpu_generator(who, generator)
         self.mixup_enabled = True
+        self.policy = MixupOrCutMix(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Loops may change a setting between batches, as timm's can be changed; it is checked then as at the start."""
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check("Mixup", name, value))
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_mixed, dense) of images (B, C, H, W) and class ids (B,) or multi-hot rows (B, C); dense is float32 (B, C).
+        """(x_mixed, dense) of images (B, C, H, W) and class ids (B,) or (B, 1), or multi-hot rows (B, C); dense is
+        float32 (B, C).
 
         Series (B, C, L), volumes (B, C, D, H, W) and, without CutMix, features (B, D) are mixed as well.
         """
-        x = _check.batch("Mixup", "x", x, self.policy.min_ndim)
-        self._check_target(target)
+        x = _check.batch("Mixup", "x", x, 3 if self.cutmix_alpha else 2)
+        target = self._checked(target)
         _check.same_length("Mixup", "target", target, "x", x.shape[0])
         plan = MixPlan.identity(x.shape[0], x.device)
         if self.mixup_enabled:
@@ -93,14 +126,16 @@ class Mixup:
         dense = plan.target(target.float()).dense()
         return plan.blend(x), dense * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
 
-    def _check_target(self, target: object) -> None:
+    def _checked(self, target: object) -> Tensor:
+        """Class ids (B,) or multi-hot rows (B, C)."""
         y = _check.tensor("Mixup", "target", target)
         rows = y.ndim == 2 and y.shape[1] == self.num_classes
         if self.multi_label:
             good, remedy = rows, f"pass multi-hot rows (B, {self.num_classes})"
         else:
             ids = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-            good, remedy = y.ndim == 1 and ids, "pass class ids (B,)"
+            column = y.ndim == 2 and y.shape[1] == 1
+            good, remedy = ids and (y.ndim == 1 or column), "pass class ids (B,)"
             if rows:
                 remedy += ", or multi_label=True for multi-hot rows"
             elif y.ndim < 3:
@@ -109,48 +144,41 @@ class Mixup:
                 remedy += ", or mix masks with a plan of hardmix.mixing: plan.blend(x), plan.target(masks)"
         if not good:
             raise ValueError(f"Mixup: target has shape {tuple(y.shape)} and dtype {y.dtype}; {remedy}.")
+        return y if self.multi_label else y.flatten()
 
 
 class MixupOrCutMix(Policy):
-    """Mixup, CutMix or neither, drawn for each batch, pair or sample; rows i and B-1-i are partners."""
+    """Mixup, CutMix or neither, drawn for each batch, pair or sample by what `mix` is set to at the time; rows i and
+    B-1-i are partners."""
 
-    def __init__(
-        self,
-        mixup_alpha: float,
-        cutmix_alpha: float,
-        cutmix_minmax: Sequence[float] | None,
-        prob: float,
-        switch_prob: float,
-        *,
-        per: str,
-        correct_lam: bool,
-    ) -> None:
-        super().__init__(per=per, pairing="reversal")
-        who = "Mixup"
-        self.mixup_alpha = _check.non_negative(who, "mixup_alpha", mixup_alpha)
-        self.cutmix_alpha = _check.non_negative(who, "cutmix_alpha", cutmix_alpha)
-        self.cutmix_minmax: tuple[float, float] | None = None
-        if cutmix_minmax is not None:
-            self.cutmix_alpha = 1.0
-            self.cutmix_minmax = _check.interval(who, "cutmix_minmax", cutmix_minmax, 0.0, 1.0)
-        if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
-            raise ValueError(f"{who}: mixup_alpha and cutmix_alpha are both 0; pass a positive one.")
-        prob = _check.between(who, "prob", prob, 0.0, 1.0)
-        switch = _check.between(who, "switch_prob", switch_prob, 0.0, 1.0)
-        if self.mixup_alpha == 0 or self.cutmix_alpha == 0:
-            switch = float(self.cutmix_alpha > 0)
-        self.p = (prob * (1.0 - switch), prob * switch, 1.0 - prob)  # Mixup, CutMix, neither
-        self.correct_lam = correct_lam
-        self.min_ndim = 2 if self.cutmix_alpha == 0 else 3
+    def __init__(self, mix: Mixup) -> None:
+        super().__init__(per=_PER[mix.mode], pairing="reversal")
+        self.mix = mix
+        self._probabilities()  # settings that mix nothing are an error at once
+
+    def plan(
+        self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None, partner: Tensor | None = None
+    ) -> MixPlan:
+        """Draw one plan for the batch `x`; see `Policy.plan`."""
+        self.per, self.min_ndim = _PER[self.mix.mode], 3 if self.mix.cutmix_alpha else 2
+        return super().plan(x, y, generator=generator, partner=partner)
+
+    def _probabilities(self) -> tuple[float, float, float]:
+        """Of Mixup, CutMix and neither."""
+        mix = self.mix
+        if mix.mixup_alpha == 0 and mix.cutmix_alpha == 0:
+            raise ValueError("Mixup: mixup_alpha and cutmix_alpha are both 0; pass a positive one.")
+        switch = mix.switch_prob if mix.mixup_alpha and mix.cutmix_alpha else float(mix.cutmix_alpha > 0)
+        return mix.mix_prob * (1.0 - switch), mix.mix_prob * switch, 1.0 - mix.mix_prob
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         rows, size = x.shape[0], tuple(x.shape[2:])
-        drawn = torch.multinomial(torch.tensor(self.p), rows, replacement=True, generator=generator)
+        drawn = torch.multinomial(torch.tensor(self._probabilities()), rows, replacement=True, generator=generator)
         kind = self._rows(pairing, drawn)
         blended, cut = kind == 0, kind == 1
         lam, box = torch.ones(rows), torch.zeros(rows, len(size), 2, dtype=torch.long)  # neither: all own, empty box
         if blended.any():
-            lam = torch.where(blended, draw_lam(self.mixup_alpha, pairing, self.per, generator), lam)
+            lam = torch.where(blended, draw_lam(self.mix.mixup_alpha, pairing, self.per, generator), lam)
         if not cut.any():
             return MixPlan(pairing.partner, lam).to(x.device)
         share, boxes = self._boxes(pairing, size, generator)
@@ -166,17 +194,17 @@ class MixupOrCutMix(Policy):
     def _boxes(self, pairing: Pairing, size: tuple[int, ...], generator: Generator | None) -> tuple[Tensor, Tensor]:
         """Own shares (N,) and boxes (N, S, 2) of CutMix."""
         rows, axes = pairing.partner.shape[0], len(size)
-        if self.cutmix_minmax is not None:
+        if self.mix.cutmix_minmax is not None:
             at = self._rows(pairing, uniform(0.0, 1.0, (rows, axes, 2), generator))
-            box = minmax_box(at[..., 0], at[..., 1], size, self.cutmix_minmax)
+            box = minmax_box(at[..., 0], at[..., 1], size, self.mix.cutmix_minmax)
             return full_box_share(box, size), box
-        lam = draw_lam(self.cutmix_alpha, pairing, self.per, generator)
+        lam = draw_lam(self.mix.cutmix_alpha, pairing, self.per, generator)
         centre = self._rows(pairing, uniform(0.0, 1.0, (rows, axes), generator))
         box = cut_box(cut_side(lam, axes), whole_pixels(centre, size), size)
-        return (full_box_share(box, size) if self.correct_lam else lam), box
+        return (full_box_share(box, size) if self.mix.correct_lam else lam), box
 
 
-def minmax_box(side: Tensor, at: Tensor, size: tuple[int, ...], minmax: tuple[float, float]) -> Tensor:
+def minmax_box(side: Tensor, at: Tensor, size: tuple[int, ...], minmax: Sequence[float]) -> Tensor:
     """Boxes that lie inside the image: sides from floor(low L) to floor(high L) - 1 of each length L.
 
     Args:

@@ -34,10 +34,11 @@ class Mix(nn.Module):
             workers leave it out: each worker would hold a copy and draw the same numbers.
 
     Images are all tv_tensors.Image (N, C, H, W) and Video (N, T, C, H, W), whose frames are cut alike, else the first
-    plain tensor that is neither the labels nor a mask. Masks are tv_tensors.Mask, tensors under a key with "mask" in
-    it, and labels of three or more axes: integers (N, H, W) or (N, 1, H, W). They are cut with the images; where the
-    policy blends, a mask of class ids has no right answer and is refused, as are boxes, keypoints and PIL images.
-    Everything else passes as it is. Nothing is written into.
+    plain tensor that is neither the labels nor under a key with "mask" in it. Masks are tv_tensors.Mask, tensors under
+    such a key whose last of three or more axes are the image's H and W, and labels of three or more axes: integers
+    (N, H, W) or (N, 1, H, W). They are cut with the images; where the policy blends, a mask of class ids has no right
+    answer and is refused, as are boxes, keypoints and PIL images. Everything else passes as it is, such as a mask of
+    tokens or of another size than the image. Nothing is written into.
 
     >>> mix = Mix(mixing.CutMix(per="sample"), num_classes=10)
     >>> images, labels = mix(torch.rand(4, 3, 32, 32), torch.arange(4))
@@ -111,11 +112,15 @@ class Mix(nn.Module):
             if leaf is labels:
                 kind = "label"
             elif kind == "tensor" and any("mask" in _key(step) for step in path):
-                kind = "Mask"
+                kind = "called a mask"
             roles.append({"Image": "image", "Video": "image", "Mask": "mask"}.get(kind, kind))
         if "image" not in roles and "tensor" in roles:
             roles[roles.index("tensor")] = "image"
-        return ["other" if role == "tensor" else role for role in roles]
+        size = paths[roles.index("image")][1].shape[-2:] if "image" in roles else None
+        for place, (_, leaf) in enumerate(paths):
+            if roles[place] == "called a mask" and leaf.ndim > 2 and leaf.shape[-2:] == size:
+                roles[place] = "mask"  # of pixels; others are of tokens, of padding ...
+        return [role if role in ("image", "label", "mask") else "other" for role in roles]
 
     def _pixels(self, leaf: Tensor) -> Tensor:
         """(N, C, H, W) of an image batch, (N, T * C, H, W) of a video batch."""

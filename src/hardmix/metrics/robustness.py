@@ -280,7 +280,8 @@ def mixed_accuracy_curve(
     Args:
         images: (N, C, H, W) uint8, or floats in 0..1; labels: (N,) class ids of at least two classes.
         kind: "mixup" blends the images; "cutmix" pastes a box of the second that lies inside the first, of the nearest
-            area to 1 - lambda that whole pixels allow.
+            area to 1 - lambda that whole pixels allow; "resizemix" the whole second image, made as small as that box;
+            "fmix" shows the second where a smooth random field is low. See `plan_at`.
         lams: shares of the first image.
         generator: CPU generator; the same seed gives the same pairs and places for every model and lambda.
     Returns:

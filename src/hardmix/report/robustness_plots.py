@@ -13,6 +13,8 @@ from hardmix.report.plots import Line, Plot
 from hardmix.report.text import dig, minus, number, p_value, plain, title_of, visible
 
 FILE = "robustness.json"
+#: what a caption calls each of `plots.COLORS`
+COLOR_NAMES = ("Grey", "Blue", "Orange", "Green", "Purple", "Ochre", "Light blue", "Brown")
 #: Entries of a list that are looked at; a file of ours has fewer.
 MOST = 60
 
@@ -75,14 +77,14 @@ def _run(stored: dict[str, Any]) -> dict[str, Any]:
         ),
     ]
     diagrams = []
-    for key, words in (("before", "as trained"), ("after", "after temperature scaling")):
+    for key, words in CALIBRATION.items():
         diagram = dig(stored, "calibration", key, "reliability")
         error = _percent(number(dig(stored, "calibration", key, "ece")))
         if isinstance(diagram, dict):
             alt = f"Reliability diagram {words}; calibration error {error}."
             plot = plots.reliability({k: _items(v) for k, v in diagram.items()}, alt)
             diagrams.append(None if plot is None else (plot, f"Calibration {words}: ECE {error}."))
-    tables = [_fgsm(stored), _corruptions(stored), _training(stored)]
+    tables = [_calibration(stored), _fgsm(stored), _corruptions(stored), _training(stored)]
     return {
         "sentences": _sentences(stored),
         "plots": [pair for pair in drawn if pair is not None],
@@ -101,6 +103,7 @@ class Words(NamedTuple):
 
 
 OCCLUSION = Words("patches painted over (%)", "accuracy", "Accuracy where random patches are painted over.", 100.0)
+CALIBRATION = {"before": "as trained", "after": "after temperature scaling"}
 BOTH = Words("lambda", "both in the top two", "How often the two best guesses are exactly the two mixed classes.")
 
 
@@ -130,6 +133,16 @@ def _sentences(stored: dict[str, Any]) -> list[str]:
         text += f". On training images as they are they reach {_percent(clean)}"
         found.append(text + ("." if validation is None else f", on validation images {_percent(validation)}."))
     return found
+
+
+def _calibration(stored: dict[str, Any]) -> Table | None:
+    rows = []
+    for key, words in CALIBRATION.items():
+        nll, *errors = (number(dig(stored, "calibration", key, name)) for name in ("nll", "ece", "adaptive_ece"))
+        if nll is not None or any(error is not None for error in errors):
+            rows.append(Row(words, "", [Cell(plain(nll)), *(Cell(_percent(error)) for error in errors)]))
+    about = "On the test split; lower is better. ECE: over bins of equal width; adaptive ECE: of equal counts."
+    return Table("Calibration", about, [Head("NLL"), Head("ECE"), Head("adaptive ECE")], rows) if rows else None
 
 
 def _fgsm(stored: dict[str, Any]) -> Table | None:
@@ -252,9 +265,7 @@ def _curve_plot(
         )
     caption = words.caption
     if not bands and len(known) > 1:
-        caption += (
-            " " + ", ".join(f"{('Grey', 'Blue', 'Orange')[min(p, 2)]}: {name}" for (name, p, _), _ in known) + "."
-        )
+        caption += f" {', '.join(f'{COLOR_NAMES[p % len(COLOR_NAMES)]}: {name}' for (name, p, _), _ in known)}."
     alt = f"{words.caption} {'; '.join(told)}."
     return plots.curves(curves, alt, x_label=words.x_label, y_label=words.y_label, percent=True, zero=True), caption
 

@@ -26,6 +26,7 @@ Everything that is drawn (patches, noise, pairs, boxes, the subset) has a seed o
 on a data set are asked the same questions. `training` answers why training accuracy is below validation accuracy, see
 docs/evaluation.md: `clean` and `mixed` are of the final weights on unmixed and on freshly mixed training images,
 `ceiling` is the highest mixed accuracy that any model can reach, `logged` is what the log says of the last epoch.
+Policies that weigh labels by what the model sees do so with the final weights.
 """
 
 from __future__ import annotations
@@ -311,7 +312,7 @@ def _calibration(run: LoadedRun, model: nn.Module, held_out: Tensor | None) -> d
     return result
 
 
-def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held_out: Tensor | None) -> dict[str, Any]:
+def _training(run: LoadedRun, model: _OnPixels, folder: Path, samples: int, held_out: Tensor | None) -> dict[str, Any]:
     """Accuracy of the final weights on training images, unmixed and mixed as in the last step, and what is possible."""
     task, train = run.task, run.task.recipe.train
     images, labels = _subset(task.train_set, samples)
@@ -328,8 +329,10 @@ def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held
         target = MixedTarget(y[:, None], torch.ones_like(y[:, None], dtype=torch.float32))
         if task.policy is not None:
             x, target = task.policy(x, y, generator=draws)
+        logits = _seen_by_policies(model, x)
+        if task.policy is not None:
+            target = task.policy.relabel(logits, target)
             task.policy.disarm()
-        logits = predict(model, x, device=run.device).to(run.device)
         right += mixed_accuracy(logits, target).item() * len(index)
         possible += _largest_share(target).sum().item()
     validation = None
@@ -343,6 +346,19 @@ def _training(run: LoadedRun, model: nn.Module, folder: Path, samples: int, held
         "logged": _logged(folder, run.step - schedule.steps_per_epoch[-1], run.step),
         "validation": validation,
     }
+
+
+def _seen_by_policies(model: _OnPixels, x: Tensor) -> Tensor:
+    """(N, C) logits in evaluation mode, from a forward that policies read as one of the training.
+
+    They go by the mode of the model as a whole. Its parts stay as they are: nothing is dropped, no statistic moves.
+    """
+    model.model.training = True
+    try:
+        with torch.no_grad():
+            return model(x).float()
+    finally:
+        model.model.training = False
 
 
 def _largest_share(target: MixedTarget) -> Tensor:
