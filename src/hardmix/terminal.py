@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console(highlight=False)
+#: wider than any table; one is only as wide as its cells
+ANY_WIDTH = 100_000
 
 
 def say_where(what: str, path: Path) -> None:
@@ -22,8 +24,8 @@ def print_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:
         table.add_row(*map(escape, line))
-    # Values stand below what they are measured at; a narrow terminal may wrap the line, but not the cells.
-    Console(highlight=False, width=max(console.width, 140)).print(table)
+    # Values stand below what they are measured at: a narrow terminal may wrap the line, but not the cells.
+    Console(highlight=False, width=ANY_WIDTH).print(table)
 
 
 def _columns() -> list[Any]:
@@ -151,24 +153,35 @@ def print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | Non
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """Means with 95 % intervals, then the paired difference of top-1 against the first recipe."""
+    """Means with 95 % intervals, ranks by the first metric, then its paired difference against the first recipe."""
+    from hardmix.report.comparison import ranked
+
+    key = result["metrics"][0]
+    means = [row["metrics"][key]["mean"] for row in result["table"]]
+    ranks = ranked(means, key in result["lower_is_better"])
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("recipe", overflow="fold")
+    if any(ranks):
+        table.add_column("rank", justify="right")
     shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
     for metric in shown:
         table.add_column(TITLES[metric], justify="right")
     table.add_column("cost", justify="right")
-    for row in result["table"]:
+    for row, rank in zip(result["table"], ranks, strict=True):
         cells = [_with_interval(row["metrics"][metric], metric) for metric in shown]
-        table.add_row(escape(row["name"]), *cells, f"{row['relative_cost']:.2f}")
+        place = [str(rank or "n/a")] if any(ranks) else []
+        table.add_row(escape(row["name"]), *place, *cells, f"{row['relative_cost']:.2f}")
     console.print(table)
+    if any(ranks):
+        console.print(f"Rank: by the mean of {TITLES[key].removesuffix(' %')}, 1 is best.")
     console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.")
     seeds = len(result["seeds"])
     if seeds == 1:
         console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
         return
     console.print(f"Mean over {seeds} seeds with 95 % interval.")
-    key = result["metrics"][0]
+    if len(result["table"]) == 1:
+        return
     title = TITLES[key].removesuffix(" %").capitalize() if TITLES[key].endswith("%") else TITLES[key]
     console.print(f"{title} against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
     _print_tests([(row["name"], row["versus_first"][key]) for row in result["table"][1:]], key)

@@ -99,6 +99,19 @@ def test_train_alone_is_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test)) == (24, 6)
 
 
+@pytest.mark.parametrize(("each", "few"), [(1, True), (2, False)])
+def test_a_folder_too_small_for_a_test_split_is_named(tmp_path: Path, each: int, few: bool) -> None:
+    single_root(tmp_path, each=each)
+    if not few:
+        assert len(load_folder(tmp_path).test) == 1
+        return
+    with pytest.raises(ValueError, match=r"^load_folder: '.*' has 3 images of 3 classes, too few .* have 5 or more of"):
+        load_folder(tmp_path)
+    single_root(tmp_path / "new" / "train", each=each)
+    single_root(tmp_path / "new" / "test", each=each)
+    assert len(load_folder(tmp_path / "new").test) == 3
+
+
 def test_a_test_split_may_lack_a_class_but_not_add_one(tmp_path: Path) -> None:
     single_root(tmp_path / "train")
     single_root(tmp_path / "test", ("dog",))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardmix.data import stratified_subset, train_validation_split
+from hardmix.data.splits import rows_to_split
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [7] * 20)[torch.randperm(100, generator=torch.Generator().manual_seed(3))]
 
@@ -80,6 +81,15 @@ def test_a_split_is_disjoint_complete_and_leaves_every_class_in_training(sizes: 
     assert min(counts(labels, train).values()) >= 1
     if samples >= sum(size > 1 for size in sizes):
         assert all(n >= 1 for (_, n), size in zip(counts(labels, validation).items(), sizes, strict=True) if size > 1)
+
+
+@pytest.mark.parametrize(("classes", "fraction", "rows"), [(2, 0.1, 3), (10, 0.1, 2), (2, 0.5, 2), (3, 0.9, 9)])
+def test_rows_to_split_is_the_least_that_can_be_split(classes: int, fraction: float, rows: int) -> None:
+    assert rows_to_split(classes, fraction) == rows
+    train_validation_split(torch.arange(classes * rows) % classes, fraction, seed=0)
+    for fewer in range(1, rows):
+        with pytest.raises(ValueError, match="pass another fraction"):
+            train_validation_split(torch.arange(classes * fewer) % classes, fraction, seed=0)
 
 
 def test_a_tenth_of_a_balanced_set_is_a_tenth_of_each_class() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hardmix.metrics import mean_interval, paired_test
-from hardmix.report.comparison import Comparison, Versus, paired, read_comparison
+from hardmix.report.comparison import Comparison, Versus, paired, ranked, read_comparison
+from hardmix.report.page import write_comparison_report
 from hardmix.report.verdict import comparison_verdict
 
 
@@ -166,3 +168,34 @@ def test_costs_are_told_in_those_of_plain_mixup() -> None:
     assert cost_base(table[:2])["name"] == "none soft-cross-entropy"
     untrained = {**table[0], "name": "untrained", "seconds_per_step": {"mean": 0.0}}
     assert cost_base([untrained, table[1]])["name"] == "mixup decoupled-mixup"
+
+
+@pytest.mark.parametrize(
+    ("means", "lower", "ranks"),
+    [
+        ([0.7, 0.9, 0.8], False, [3, 1, 2]),
+        ([0.7, 0.9, 0.8], True, [1, 3, 2]),
+        ([0.7, 0.7, 0.8, 0.6], False, [2, 2, 1, 4]),
+        ([0.7, None, float("nan"), 0.8], False, [2, None, None, 1]),
+        ([0.7, 0.9], False, [None, None]),
+    ],
+)
+def test_ranks(means: list[float | None], lower: bool, ranks: list[int | None]) -> None:
+    assert ranked(means, lower) == ranks
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_three_methods_are_ranked_in_the_order_given(tmp_path: Path, quick_plots: None, lower: bool) -> None:
+    key = "nll" if lower else "top1"
+    build(tmp_path, {"A": BASE, "B": shifted(0.02), "C": shifted(-0.02)}, key=key, lower=lower)
+    page = write_comparison_report(tmp_path).read_text("utf-8")
+    table = page.partition("<h2>Results</h2>")[2].partition("</table>")[0]
+    told = re.findall(r"<bdi>(.)</bdi>.*?</th>\s*<td class=\"num\">(\d)</td>", table)
+    assert told == [("A", "2"), ("B", "3" if lower else "1"), ("C", "1" if lower else "3")]
+
+
+def test_two_methods_or_a_measure_without_a_better_end_are_not_ranked(tmp_path: Path, quick_plots: None) -> None:
+    build(tmp_path / "two", {"A": BASE, "B": shifted(0.02)})
+    build(tmp_path / "gap", {"A": BASE, "B": shifted(0.02), "C": shifted(-0.02)}, key="gap")
+    for folder in ("two", "gap"):
+        assert ">rank<" not in write_comparison_report(tmp_path / folder).read_text("utf-8")

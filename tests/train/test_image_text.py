@@ -578,7 +578,7 @@ def test_starts_in_a_circle(named, drawings, tmp_path) -> None:
 
 def test_recipes_that_measure_other_things_are_not_compared(drawings, tmp_path) -> None:
     recipes = [pairs(drawings, name=name, eval={"parts": [name]}) for name in ("retrieval", "geometry")]
-    with pytest.raises(RunError, match="recipes measure other things"):
+    with pytest.raises(RecipeError, match="recipes measure other things"):
         compare(recipes, [0], tmp_path / "out", workers=1)
 
 

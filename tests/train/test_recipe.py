@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from hardmix import tables
+from hardmix.train.components import Component, check_policy
 from hardmix.train.recipe import MAX_BYTES, RecipeError, load_recipe, shipped
 
 
@@ -61,6 +64,103 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
         "small-resnet",
     ):
         assert part in message, message
+
+
+INSIDE = '[{name="mixup", alpha=-1, per="x"}, "none", {name="scheduled", stop=3, policy={name="cutmix", alpha=-2}}]'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["policy.alpha=-1", "policy.per=foo", "policy.bet=2"],
+            ["unknown option of policy", "alpha is -1", "per is 'foo'"],
+        ),
+        (
+            ["objective.name=decoupled-mixup", "objective.eta=-1", "objective.label_smoothing=2", "objective.etaa=1"],
+            ["unknown option of objective", "eta is -1", "label_smoothing is 2"],
+        ),
+        (
+            [f'policy={{name="random-choice", p=[1, 1, -1], policies={INSIDE}}}'],
+            ["Mixup: alpha is -1", "per is 'x'", "CutMix: alpha is -2", "stop is 3", "p is -1"],
+        ),
+        (
+            ['policy={name="manifold-mixup", layers=["some.layer"], alpha=-1, per="foo"}'],
+            ["alpha is -1", "per is 'foo'"],
+        ),
+        (
+            ['policy={name="automix", layer="some.layer", alpha=-1, label="x", upsample="y"}'],
+            ["alpha is -1", "label is 'x'", "upsample is 'y'"],
+        ),
+        (
+            ['policy={name="sumix", scale="x", weight=-1, policy={name="cutmix", alpha=-1}}'],
+            ["CutMix: alpha is -1", "weight is -1", "scale is 'x'"],
+        ),
+        (["policy={name='saliencymix', saliency='input-gradient', alpha=-1, per=3}"], ["alpha is -1", "per is 3"]),
+        (["policy.name=manifold-mixup"], ['policy "manifold-mixup" needs layers']),
+        (
+            [
+                *("train.warmup_epochs=5", "train.epochs=1", "data.imbalance=5", "policy.name=c-mixup"),
+                *("policy.bandwidth=1", "semi.mu=3", "density.bins=7"),
+            ],
+            [
+                *("train.warmup_epochs is 5", "data.imbalance is not read", 'policy "c-mixup" pairs by numbers'),
+                *("semi is a section of few-labels", "density is a section of regression"),
+            ],
+        ),
+        (
+            ["task=few-labels", "semi.per_class=1", "train.accumulate=2", "train.epochs=0"],
+            ["train.epochs is 0", "train.accumulate would tear"],
+        ),
+    ],
+)
+def test_all_that_is_wrong_with_a_component_or_between_keys_is_told_at_once(overrides, parts):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo-mixup", overrides)
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == len(parts), lines
+    for part in parts:
+        assert sum(part in line for line in lines) == 1, (part, lines)
+
+
+def test_of_a_contrast_and_an_algorithm_all_is_told_too():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("diabetes-supremix", ["contrast.objective.temperature=-1", "contrast.objective.window=-2"])
+    assert "has 2 mistakes" in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("few-fixmatch", ["semi.algorithm.threshold=3", "semi.algorithm.weight=-2"])
+    assert "has 2 mistakes" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in tables.POLICIES if name not in ("random-choice", *tables.WRAPPERS)])
+def test_every_policy_is_checked_without_its_model_and_draws_nothing(name):
+    layers = {"layers": ["some.layer"]} if name == "manifold-mixup" else {}
+    torch.manual_seed(0)
+    check_policy(Component(name=name, **layers))
+    before = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.rand(1) == before
+    wrong = "pairing" if name in ("guidedmix", "random-choice") else "alpha"
+    if name not in ("smoothmix", "resizemix", "smmix"):
+        with pytest.raises(ValueError, match=f"{wrong} is -1"):
+            check_policy(Component(name=name, **layers, **{wrong: -1}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "keys"),
+    [
+        ("demo-mixup", ["data.test=0.3", "data.captions=first", "data.target=x"], ["test", "target", "captions"]),
+        ("demo-mixup", ["data.samples=3", 'data.styles={a = "b"}', "data.domain=x"], ["domain", "styles", "samples"]),
+        ("few-fixmatch", ["data.labels=x.csv", "data.missing=drop"], ["labels", "missing"]),
+        ("diabetes-l1", ["data.captions=first", "data.max_length=3"], ["max_length", "captions"]),
+    ],
+)
+def test_keys_that_a_task_does_not_read_are_refused(recipe, overrides, keys):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    _, *lines = str(caught.value).splitlines()
+    task = load_recipe(recipe).task
+    assert lines == [f'  recipe: data.{key} is not read by task "{task}"; leave it out' for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +242,13 @@ def test_overrides(override, check):
         ("name.x=3", "name is a value, not a section"),
         ("train.epoch=3", 'did you mean "epochs"'),
         ("trian.epochs=3", 'did you mean "train"'),
+        ("contrast.epohs=3", 'contrast.epohs: unknown key (did you mean "epochs"?)'),
+        ("policy=mixup", "policy: is 'mixup', which is no table; set policy.name=mixup"),
+        ("objective=soft-bce", "objective: is 'soft-bce', which is no table; set objective.name=soft-bce"),
+        ("model=resnet18", "model: is 'resnet18', which is no table; set model.name=resnet18"),
+        ("data=digits", "set data.name=digits"),
+        ("model=3", "model: is 3, which is no table; set model.name=..."),
+        ("density=3", "density: is 3, which is no table; set its keys, of which there are lds, fds"),
     ],
 )
 def test_bad_overrides(override, expected):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hardmix.train.compare import compare
-from hardmix.train.errors import RecipeError, RunError
+from hardmix.train.errors import RecipeError
 from hardmix.train.evaluate import evaluate_run, load_run
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe, check_recipe, load_recipe, shipped
@@ -200,7 +200,7 @@ def test_other_refusals(tmp_path, two_stages) -> None:
 
     from .conftest import tiny
 
-    with pytest.raises(RunError, match="recipes of several tasks have no measure in common"):
+    with pytest.raises(RecipeError, match="recipes of several tasks have no measure in common"):
         compare([small(), tiny()], [0], tmp_path)
     with pytest.raises(ValueError, match="holds a regression run; it is measured for image classes"):
         robustness_of_run(two_stages)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from hardmix import _check
 from hardmix.data.decode import UnreadableImageError, in_threads, read_header, read_picture, shown
@@ -53,7 +54,8 @@ def load_folder(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without images, a test class that training doesn't have, unreadable files.
+        ValueError: no class folders, a class without images, a test class that training doesn't have, unreadable files,
+            or too few images to cut a test split from.
     """
     who = "load_folder"
     path = Path(path)
@@ -93,10 +95,21 @@ def load_folder(
     if test is None and validation is not None:
         test, validation = validation, None
     if test is None:
-        kept, held_out = train_validation_split(train.labels, TEST_FRACTION, seed=TEST_SEED)
+        kept, held_out = _cut_test(path, train)
         train, test = train.subset(kept), train.subset(held_out)
     mean, std = channel_statistics(train, samples=STATISTICS_SAMPLES)
     return ImageData("folder", train, test, mean, std, "not stated", str(path), validation, skipped=tuple(bad.values()))
+
+
+def _cut_test(path: Path, images: FileImages) -> tuple[Tensor, Tensor]:
+    """(training rows, test rows), always the same ones."""
+    try:
+        return train_validation_split(images.labels, TEST_FRACTION, seed=TEST_SEED)
+    except ValueError:
+        raise ValueError(
+            f"load_folder: {shown(path)} has {len(images)} images of {len(images.class_names)} classes, too few to cut "
+            f"a test split from; have {round(1 / TEST_FRACTION)} or more of each class, or folders train and test."
+        ) from None
 
 
 def _split_roots(path: Path) -> dict[str, Path]:

@@ -71,6 +71,14 @@ def train_validation_split(labels: Tensor, fraction: float, *, seed: int) -> tup
     return keep.nonzero().flatten(), held_out
 
 
+def rows_to_split(classes: int, fraction: float) -> int:
+    """How many rows of each class, or more, `train_validation_split` can cut a `fraction` in (0, 1) from."""
+    rows = 2
+    while not 0 < round(fraction * rows * classes) <= (rows - 1) * classes:
+        rows += 1
+    return rows
+
+
 def _classes(who: str, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) position of each row's class among the K classes present, and (K,) their sizes."""
     labels = _check.tensor(who, "labels", labels)

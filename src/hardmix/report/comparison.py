@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 from hardmix.metrics import PairedTest, holm, mean_interval, paired_test
 from hardmix.report.folder import RunFolder, read_json, read_run
 from hardmix.report.text import dig, method_title, metric, number, visible
+
+#: methods from which on they are ranked
+MIN_RANKED = 3
 
 
 class Cell(NamedTuple):
@@ -119,6 +123,13 @@ class Comparison:
     def rows(self) -> list[Row]:
         return [row for method in self.methods for row in method.rows]
 
+    @property
+    def ranks(self) -> list[int | None]:
+        """The place of each method by its mean of the first metric; none where they aren't ranked."""
+        if not self.metrics or metric(key := self.metrics[0]).neutral:
+            return [None] * len(self.methods)
+        return ranked([method.mean(key) for method in self.methods], key in self.lower)
+
     def state(self, versus: Versus, key: str) -> str:
         """The verdict on one metric; 'different' where neither more nor less of it is better."""
         verdict = versus.verdict(key in self.lower)
@@ -165,6 +176,17 @@ def read_comparison(folder: Path) -> Comparison:
         twins=_twins(_objects(stored.get("twins")), metrics),
         notes=notes,
     )
+
+
+def ranked(means: Sequence[float | None], lower: bool) -> list[int | None]:
+    """1 for the best mean, ties alike and the place after them left out; one that is unknown (None, NaN) has no rank.
+
+    Of fewer than three none has one: which of two is better is what the difference between them says.
+    """
+    if len(means) < MIN_RANKED:
+        return [None] * len(means)
+    goods = [None if mean is None or mean != mean else -mean if lower else mean for mean in means]
+    return [None if own is None else 1 + sum(good is not None and good > own for good in goods) for own in goods]
 
 
 def paired(first: Method, second: Method, key: str) -> PairedTest | None:

@@ -80,7 +80,10 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         comparison = replace(comparison, metrics=[first, *(key for key in metrics if key != first)])
     columns = [_column(comparison, key) for key in comparison.metrics]
     groups = _groups(comparison.metrics, _things(comparison), pairs)
-    methods = [_method(comparison, method) for method in comparison.methods]
+    ranks = comparison.ranks
+    methods = [
+        _method(comparison, method) | {"rank": rank} for method, rank in zip(comparison.methods, ranks, strict=True)
+    ]
     shared, galleries = _galleries(comparison)
     return {
         "title": comparison.title,
@@ -92,6 +95,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "twin_groups": groups if pairs else [Group("", 0, len(columns))],
         "things": _things(comparison),
         "methods": methods,
+        "ranked": any(rank is not None for rank in ranks),
         "twins": [_twin(comparison, twin) for twin in comparison.twins],
         "corrected": any(v.adjusted is not None for m in comparison.methods for v in m.versus.values()),
         "levels": _levels(comparison, pairs),

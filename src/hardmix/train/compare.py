@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
-from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.errors import Interrupted, RecipeError, RunError
 from hardmix.train.files import write_json
-from hardmix.train.loop import read_summary, run_recipe
+from hardmix.train.loop import new_folder, read_summary, run_recipe
 from hardmix.train.recipe import Recipe
 from hardmix.train.start import prepare_start
 from hardmix.train.stop import follow_parent
@@ -41,15 +41,19 @@ class Job(NamedTuple):
 
 
 def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
-    """Every recipe on every seed; seeds outermost, so that an interrupted comparison is still a fair one."""
+    """Every recipe on every seed; seeds outermost, so that an interrupted comparison is still a fair one.
+
+    Raises:
+        RecipeError: two of one name, or recipes that are not measured by the same.
+    """
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RunError(f"two recipes are called {', '.join(twice)}; give each a name of its own with name = ... .")
+        raise RecipeError(f"two recipes are called {', '.join(twice)}; give each a name of its own with name = ... .")
     if len({recipe.task for recipe in recipes}) > 1:
-        raise RunError("recipes of several tasks have no measure in common; compare those of one task.")
+        raise RecipeError("recipes of several tasks have no measure in common; compare those of one task.")
     if len({frozenset(recipe.eval.parts) for recipe in recipes}) > 1:
-        raise RunError("recipes measure other things (eval.parts); give all of them the same.")
+        raise RecipeError("recipes measure other things (eval.parts); give all of them the same.")
     return [Job(r.with_seed(seed), out / r.name / f"seed-{seed}") for seed in seeds for r in recipes]
 
 
@@ -82,18 +86,18 @@ def compare(
 
     jobs = plan_jobs(recipes, seeds, out)
     workers = workers or default_workers(len(jobs))
-    out.mkdir(parents=True, exist_ok=True)
     watch = watch or _nobody
     try:
-        for job in jobs:  # what several runs start from is trained once, before they look for it side by side
-            if not (job.folder / "summary.json").is_file():
-                prepare_start(job.recipe)
-        if workers == 1:
-            for number, job in enumerate(jobs):
-                run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
-                watch(number, {"done": True})
-        else:
-            _side_by_side(jobs, workers, watch)
+        with new_folder(out):
+            for job in jobs:  # what several runs start from is trained once, before they look for it side by side
+                if not (job.folder / "summary.json").is_file():
+                    prepare_start(job.recipe)
+            if workers == 1:
+                for number, job in enumerate(jobs):
+                    run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
+                    watch(number, {"done": True})
+            else:
+                _side_by_side(jobs, workers, watch)
     except Interrupted as stopped:
         raise Interrupted(GO_ON, stopped.signum) from None
     except KeyboardInterrupt:

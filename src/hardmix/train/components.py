@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardmix import _check, losses, tables
 from hardmix._check import did_you_mean
@@ -26,6 +28,11 @@ COCA = {"mixing": 0.0}
 BESIDE: dict[type, Mapping[str, Any]] = {losses.LipsumLoss: LIPSUM, losses.CoCaLoss: COCA}
 #: what a recipe does not say of them
 NOT_SAID = ("gather", "accumulate", "open_clip", "reduction", "contrastive", "padding")
+#: options of policies that name parts of the model
+PARTS = ("layer", "layers", "head", "classifier")
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Component(BaseModel):
@@ -39,11 +46,97 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
+class MistakesError(ValueError):
+    """Several things that are wrong, a sentence each."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = list(messages)
+
+
+def mistakes_of(component: Component, check: Callable[[Component], object]) -> list[str]:
+    """All that `check` has against a component: what it says first, then what it says without the options named there.
+
+    Messages name an option before their first semicolon: "Mixup: alpha is -1; pass a finite number greater than 0".
+    """
+    options = component.options
+    found: list[str] = []
+    while True:
+        try:
+            check(Component(name=component.name, **options))
+        except (TypeError, ValueError) as error:
+            # Neither the nearest right name nor 'policy "scheduled"', which has an option of that name, is the subject.
+            subject = re.sub(r'\(did you mean.*?\)|\w+ "[^"]*"', "", str(error)).partition(";")[0]
+            named = [key for key in component.options if re.search(rf"\b{re.escape(key)}\b", subject)]
+            if any(key not in options for key in named):  # missed because it has been left out
+                return found
+            found.append(str(error))
+            if not named:
+                return found
+            options = {key: value for key, value in options.items() if key not in named}
+        else:
+            return found
+
+
+def tells_all(build: Callable[Concatenate[Component, P], T]) -> Callable[Concatenate[Component, P], T]:
+    """Let a function of a component raise all that it has against it, as `MistakesError`."""
+
+    @wraps(build)
+    def telling(component: Component, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return build(component, *args, **kwargs)
+        except (TypeError, ValueError):
+            raise MistakesError(mistakes_of(component, lambda other: build(other, *args, **kwargs))) from None
+
+    return telling
+
+
+def check_policy(component: Component) -> None:
+    """That there is a policy of this name, and that it and those inside it take these options.
+
+    Parts of the model that it names are the run's matter: a stand-in takes the place of the model here.
+
+    Raises:
+        MistakesError: all of them.
+    """
+    with torch.random.fork_rng(devices=[]):  # to read a recipe draws nothing
+        model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
+        model[0].add_module("attention", nn.MultiheadAttention(1, 1))  # some look for one; it never runs
+        if found := _policy_mistakes(component, model):
+            raise MistakesError(found)
+
+
+def _policy_mistakes(component: Component, model: nn.Module) -> list[str]:
+    """Those of the policies inside it, which good ones then replace, and its own."""
+    options = component.options
+    found: list[str] = []
+
+    def replaced(inside: object) -> object:
+        if not isinstance(inside, Mapping) or not isinstance(inside.get("name"), str):
+            return inside
+        mistakes = _policy_mistakes(Component(**inside), model)
+        found.extend(mistakes)
+        return {"name": "mixup"} if mistakes else inside
+
+    if "policy" in options:
+        options["policy"] = replaced(options["policy"])
+    if isinstance(options.get("policies"), list):
+        options["policies"] = [replaced(inside) for inside in options["policies"]]
+    if component.name in tables.NEEDS_MODEL:
+        for key in PARTS:
+            value = options.get(key)
+            if isinstance(value, str) and key not in _required(tables.POLICIES[component.name]):
+                del options[key]
+            elif isinstance(value, list) and all(isinstance(name, str) for name in value):
+                options[key] = ["0"] * len(value)
+    return found + mistakes_of(Component(name=component.name, **options), lambda other: build_policy(other, model))
+
+
 def build_policy(component: Component, model: Any, shape: tuple[int, ...] | None = None) -> Any:
-    """The policy that a recipe names. With `model=None` a policy that needs one is checked but not built.
+    """The policy that a recipe names.
 
     Args:
-        model: takes samples as the policy gets them.
+        model: takes samples as the policy gets them; None for policies that look at none.
         shape: of one sample, for policies that look at the model's layers before the first batch.
     """
     cls = entry("policy", component.name, {**tables.POLICIES, **tables.REGRESSION_POLICIES})
@@ -54,22 +147,17 @@ def build_policy(component: Component, model: Any, shape: tuple[int, ...] | None
         children = options.pop("policies", None)
         if not isinstance(children, list) or not children:
             raise ValueError('policies is missing; list them: policies = [{ name = "mixup" }, { name = "cutmix" }]')
-        members = [None if c == "none" else _component(c) for c in children]
-        built = [None if member is None else build_policy(member, model, shape) for member in members]
-        lacking = model is None and any(m is not None and made is None for m, made in zip(members, built, strict=True))
-        return None if lacking else cls(built, **options)
+        return cls([None if c == "none" else build_policy(_component(c), model, shape) for c in children], **options)
     of: list[Any] = []
     if component.name in tables.NEEDS_MODEL:
         of.append(model)
     if component.name in tables.WRAPPERS:
         of.append(build_policy(_component(options.pop("policy", None)), model, shape))
-    if any(part is None for part in of):
-        return None
+    if lacking := [key for key in _required(cls) if key not in options]:
+        raise ValueError(f'policy "{component.name}" needs {" and ".join(lacking)}; add it to its table')
     if "bandwidth" in options and component.name == "manifold-mixup":
         options["pairing"] = LabelKernel(options.pop("bandwidth"))
     if options.get("saliency") == tables.BY_GRADIENT:
-        if model is None:
-            return None
         options["model"] = model
     if shape is not None and "input_shape" in inspect.signature(cls).parameters:
         options["input_shape"] = shape
@@ -99,6 +187,7 @@ def build_objective(component: Component, train_labels: Tensor | None = None) ->
     return cls(**options)
 
 
+@tells_all
 def check_objective(component: Component) -> None:
     """That there is an objective of this name, for whatever task, and that it takes these options."""
     names = [*tables.OBJECTIVES, *tables.REGRESSION_OBJECTIVES, *tables.PAIR_OBJECTIVES, *tables.MODALITY_OBJECTIVES]
@@ -145,6 +234,7 @@ def lipsum_options(component: Component) -> tuple[float, int]:
     )
 
 
+@tells_all
 def build_contrast(component: Component, train_labels: Tensor | None = None) -> Any:
     """The contrastive objective that a recipe names; `train_labels` as for `build_objective`."""
     cls = entry("contrastive objective", component.name, tables.CONTRASTS)
@@ -169,6 +259,7 @@ GIVEN = (
 )
 
 
+@tells_all
 def check_algorithm(component: Component) -> None:
     """That there is an algorithm for few labels of this name, and that it takes these options."""
     cls = entry("algorithm", component.name, tables.ALGORITHMS)
@@ -179,6 +270,7 @@ def check_algorithm(component: Component) -> None:
         cls(**component.options)
 
 
+@tells_all
 def build_algorithm(component: Component, **given: Any) -> Any:
     """The algorithm for few labels that a recipe names.
 
@@ -232,3 +324,9 @@ def _component(value: object) -> Component:
 def _parameters(cls: type) -> list[str]:
     """What a class takes from a recipe; the model is handed over by the task."""
     return [name for name in inspect.signature(cls).parameters if name != "model"]
+
+
+def _required(cls: type) -> list[str]:
+    """Those of them that have no default, policies inside it aside."""
+    found = inspect.signature(cls).parameters.items()
+    return [name for name, p in found if p.default is p.empty and name not in ("model", "policy", "policies")]

@@ -5,13 +5,13 @@ A recipe names entries of `hardmix.tables` only: it can't import or run anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from hardmix import tables
 from hardmix._check import did_you_mean
@@ -19,7 +19,7 @@ from hardmix.data.catalog import CATALOG
 from hardmix.data.kind_views import DEFAULT_VIEWS
 from hardmix.data.number_sets import NUMBER_SETS
 from hardmix.data.pair_sets import PAIR_SETS
-from hardmix.train.components import Component, build_policy, check_objective, policy_names
+from hardmix.train.components import Component, MistakesError, check_objective, check_policy, policy_names
 from hardmix.train.errors import RecipeError
 from hardmix.train.few_section import SemiSection, check_few
 from hardmix.train.pair_checks import check_modalities, check_pairs
@@ -54,6 +54,18 @@ SETS: dict[str, Mapping[str, Any]] = {
     "image-text": PAIR_SETS,
     "few-labels": CATALOG,
     "modalities": PAIR_SETS,
+}
+#: keys of the data section that a task does not read; what a set of numbers or pairs does not take, it refuses itself
+_OF_OTHERS = (
+    *("domain", "styles", "samples", "test", "imbalance", "imbalance_law", "target", "labels", "inputs", "max_length"),
+    *("captions", "pair", "missing"),
+)
+UNREAD = {
+    "classification": _OF_OTHERS,
+    "few-labels": _OF_OTHERS,
+    "regression": ("styles", "max_length", "captions"),
+    "image-text": (),
+    "modalities": (),
 }
 #: tasks that may start from another run, and from one of which
 STARTS = {"image-text": ("image-text",), "few-labels": ("classification", "few-labels")}
@@ -113,16 +125,17 @@ class Recipe(Section):
             contrast["data"] = {**inherited, **contrast["data"]}
         return {**table, "data": data, "contrast": contrast}
 
-    @field_validator("policy", "objective", mode="after")
+    @field_validator("policy", mode="after")
     @classmethod
-    def _known(cls, value: Component | None, info: ValidationInfo) -> Component | None:
-        try:
-            if value is not None and info.field_name == "policy":
-                build_policy(value, model=None)
-            elif value is not None:
-                check_objective(value)
-        except TypeError as error:  # which pydantic would not list with the other mistakes
-            raise ValueError(str(error)) from None
+    def _good_policy(cls, value: Component | None) -> Component | None:
+        if value is not None:
+            check_policy(value)
+        return value
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _good_objective(cls, value: Component) -> Component:
+        check_objective(value)
         return value
 
     @field_validator("policy", mode="before")
@@ -133,90 +146,113 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:
+        found = list(self._misfits())
+        if self.data.name in SETS[self.task] and self.model.kind == self.data.kind:
+            try:
+                self._check_task()
+            except ValueError as error:
+                # The first thing that is wrong with it, unless that has been said of the same key.
+                if str(error).split()[0] not in {message.split()[0] for message in found}:
+                    found.append(str(error))
+        if found:
+            raise MistakesError(found)
+        return self
+
+    def _check_task(self) -> None:
+        """What has to fit together in a recipe of a task with rules of its own."""
+        if self.task == "image-text":
+            check_pairs(self)
+        elif self.task == "modalities":
+            check_modalities(self)
+        elif self.task == "few-labels":
+            check_few(self)  # not that the start is there: a run that has begun does without
+
+    def _misfits(self) -> Iterator[str]:
+        """Whatever does not go together, a sentence each."""
         if self.train.epochs == 0 and not self.tune.start:
-            raise ValueError("train.epochs is 0, which measures the weights of tune.start; name one, or train")
+            yield "train.epochs is 0, which measures the weights of tune.start; name one, or train"
         if self.train.epochs and self.train.warmup_epochs >= self.train.epochs:
-            raise ValueError(
+            yield (
                 f"train.warmup_epochs is {self.train.warmup_epochs:g} but train.epochs is {self.train.epochs}; "
                 "the learning rate would never come down: set a smaller warm-up, 0 is fine"
             )
-        numbers = self.data.name in NUMBER_SETS
         if self.data.name not in SETS[self.task]:
             sets = ", ".join(SETS[self.task])
-            raise ValueError(f'task is "{self.task}" but data.name is "{self.data.name}"; its sets are {sets}')
+            yield f'task is "{self.task}" but data.name is "{self.data.name}"; its sets are {sets}'
+            return  # what else is wrong depends on which of the two is
+        for key in UNREAD[self.task]:
+            if getattr(self.data, key) != DataSection.model_fields[key].get_default(call_default_factory=True):
+                yield f'data.{key} is not read by task "{self.task}"; leave it out'
         if self.model.kind != self.data.kind:
-            raise ValueError(
+            yield (
                 f'model.name is "{self.model.name}", which takes {self.model.kind}, but data.name is '
                 f'"{self.data.name}", which holds {self.data.kind}'
             )
-        if self.data.name in PAIR_SETS:
-            (check_pairs if self.task == "image-text" else check_modalities)(self)
-            return self
-        if self.objective.name not in (tables.REGRESSION_OBJECTIVES if numbers else tables.OBJECTIVES):
-            raise ValueError(f'objective "{self.objective.name}" is not one of task "{self.task}"')
-        if self.eval.parts:
-            raise ValueError("eval.parts is for image-text recipes; leave it out")
-        few = self.task == "few-labels"
-        if self.tune != (TuneSection(start=self.tune.start) if few else TuneSection()):
-            raise ValueError("tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few)
-        if few:
-            check_few(self)  # not that the start is there: a run that has begun does without
-        elif self.semi != SemiSection():
-            raise ValueError("semi is a section of few-labels recipes; leave it out")
-        for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
-            self._check_policy(name)
-        if self.density.lds and self.objective.name == "balanced-mse":
-            raise ValueError("density.lds weights samples, which balanced-mse does not; leave one of them out")
-        if not numbers and (self.density.lds or self.density.fds):
-            raise ValueError("density is a section of regression recipes; leave it out")
-        if not numbers and self.data.imbalance > 1.0:
-            raise ValueError("data.imbalance is for sets of numbers; leave it out")
-        if self.contrast is not None:
-            if not numbers:
-                raise ValueError("contrast is a section of regression recipes; leave it out")
-            self._check_stages(self.contrast)
-        return self
+        if self.data.name not in PAIR_SETS:
+            yield from self._misfits_of_images_and_numbers()
 
-    def _check_policy(self, name: str) -> None:
+    def _misfits_of_images_and_numbers(self) -> Iterator[str]:
+        numbers, few = self.data.name in NUMBER_SETS, self.task == "few-labels"
+        if self.objective.name not in (tables.REGRESSION_OBJECTIVES if numbers else tables.OBJECTIVES):
+            yield f'objective "{self.objective.name}" is not one of task "{self.task}"'
+        if self.eval.parts:
+            yield "eval.parts is for image-text recipes; leave it out"
+        if self.tune != (TuneSection(start=self.tune.start) if few else TuneSection()):
+            yield "tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few
+        if not few and self.semi != SemiSection():
+            yield "semi is a section of few-labels recipes; leave it out"
+        for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
+            yield from self._misfits_of_policy(name)
+        if self.density.lds and self.objective.name == "balanced-mse":
+            yield "density.lds weights samples, which balanced-mse does not; leave one of them out"
+        if not numbers and self.density != DensitySection():
+            yield "density is a section of regression recipes; leave it out"
+        if not numbers and self.contrast is not None:
+            yield "contrast is a section of regression recipes; leave it out"
+        if numbers and self.contrast is not None:
+            yield from self._misfits_of_stages(self.contrast)
+
+    def _misfits_of_policy(self, name: str) -> Iterator[str]:
         kind, numbers = self.data.kind, self.data.name in NUMBER_SETS
         by_gradient = self.policy is not None and tables.BY_GRADIENT in str(self.policy.model_dump())
         if numbers and name != "manifold-mixup" and (name in tables.NEEDS_MODEL or by_gradient):
-            raise ValueError(f'policy "{name}" looks at a model of classes; it is not for numbers')
-        if name in tables.REGRESSION_POLICIES and not numbers:
-            raise ValueError(f'policy "{name}" pairs by numbers; it is for regression')
-        if kind == "rows" and name not in (*tables.WHOLE_POLICIES, *tables.REGRESSION_POLICIES):
+            yield f'policy "{name}" looks at a model of classes; it is not for numbers'
+        elif name in tables.REGRESSION_POLICIES and not numbers:
+            yield f'policy "{name}" pairs by numbers; it is for regression'
+        elif kind == "rows" and name not in (*tables.WHOLE_POLICIES, *tables.REGRESSION_POLICIES):
             known = ", ".join((*tables.WHOLE_POLICIES, *tables.REGRESSION_POLICIES))
-            raise ValueError(f'policy "{name}" mixes parts of images; a table takes {known}')
-        if kind == "texts" and name != "manifold-mixup":
-            raise ValueError(f'policy "{name}" mixes inputs, and texts can only be mixed inside: take manifold-mixup')
+            yield f'policy "{name}" mixes parts of images; a table takes {known}'
+        elif kind == "texts" and name != "manifold-mixup":
+            yield f'policy "{name}" mixes inputs, and texts can only be mixed inside: take manifold-mixup'
 
-    def _check_stages(self, contrast: ContrastSection) -> None:
+    def _misfits_of_stages(self, contrast: ContrastSection) -> Iterator[str]:
         if (contrast.epochs == 0) != (contrast.weight > 0.0):
-            raise ValueError(
+            yield (
                 f"contrast.epochs is {contrast.epochs} and contrast.weight {contrast.weight:g}; set epochs to train "
                 "the encoder first, or a weight and 0 epochs to train it together with the head"
             )
         if contrast.epochs == 0:
             if contrast.data is not None:
-                raise ValueError("contrast.data is for two stages, but contrast.epochs is 0; leave it out")
+                yield "contrast.data is for two stages, but contrast.epochs is 0; leave it out"
             if contrast.views > 1 and self.policy is not None:
-                raise ValueError(
+                yield (
                     f"contrast.views is {contrast.views} and a policy mixes the samples; beside a head the contrast "
                     "sees the head's own batch then: set contrast.views=1"
                 )
             return
         if contrast.data is not None and contrast.data.kind != self.data.kind:
-            raise ValueError(
+            yield (
                 f'contrast.data.name is "{contrast.data.name}", which holds {contrast.data.kind}, but data.name is '
                 f'"{self.data.name}", which holds {self.data.kind}'
             )
         if contrast.epochs >= self.train.epochs:
-            raise ValueError(
+            yield (
                 f"contrast.epochs is {contrast.epochs} but train.epochs is {self.train.epochs}; leave some for the head"
             )
+            return
         shorter = min(contrast.epochs, self.train.epochs - contrast.epochs)
-        if self.train.warmup_epochs >= shorter:
-            raise ValueError(
+        if shorter <= self.train.warmup_epochs < self.train.epochs:  # more than all of them has been told above
+            yield (
                 f"train.warmup_epochs is {self.train.warmup_epochs:g} but the shorter stage has {shorter} epochs; "
                 "its learning rate would never come down: set a smaller warm-up, 0 is fine"
             )
@@ -314,7 +350,7 @@ def check_recipe(table: dict[str, Any], name: str) -> Recipe:
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        lines = [f"  {_place(e['loc'])}: {_sentence(e)}" for e in error.errors()]
+        lines = [f"  {_place(e['loc'])}: {sentence}" for e in error.errors() for sentence in _sentences(e)]
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
         raise RecipeError("\n".join([f'recipe "{name}" has {count}:', *lines])) from None
 
@@ -323,19 +359,36 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc) or "recipe"
 
 
-def _sentence(error: Any) -> str:
+def _sentences(error: Any) -> list[str]:
     """Pydantic's finding in our words: what came, what is expected, the nearest right name."""
+    told = error.get("ctx", {}).get("error")
+    return told.messages if isinstance(told, MistakesError) else [_sentence(error)]
+
+
+def _sentence(error: Any) -> str:
     *parents, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in parents:
-            section = section.model_fields[part].annotation
-        names = list(section.model_fields)
+        names = list(_section(parents).model_fields)
         return f"unknown key{did_you_mean(str(last), names)}; there are {', '.join(names)}"
+    if error["type"] == "model_type" and error["loc"]:
+        names = list(_section(error["loc"]).model_fields)
+        if "name" in names:
+            value = error["input"] if isinstance(error["input"], str) else "..."
+            return f"is {error['input']!r}, which is no table; set {_place(error['loc'])}.name={value}"
+        return f"is {error['input']!r}, which is no table; set its keys, of which there are {', '.join(names)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("value_error", "missing"):
         return message
     return f"is {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _section(loc: Iterable[int | str]) -> type[BaseModel]:
+    """The model that reads the table at this place of a recipe."""
+    section: Any = Recipe
+    for part in loc:
+        kind = section.model_fields[part].annotation
+        section = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+    return section  # type: ignore[no-any-return]
 
 
 def _depth(value: object, limit: int = MAX_DEPTH) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hardmix.data.catalog import load_images
+from hardmix import _check
+from hardmix.data.catalog import CATALOG, load_images
 from hardmix.data.images import ImageSet
 from hardmix.mixing import Policy
 from hardmix.models.build import build_model
@@ -17,9 +18,13 @@ from hardmix.tables import NEEDS_ATTENTION, POLICIES, REGRESSION_POLICIES, WRAPP
 from hardmix.train.components import Component, build_policy, policy_names
 from hardmix.train.evaluate import load_run
 from hardmix.train.files import write_bytes
+from hardmix.train.loop import new_file
 from hardmix.train.recipe import parse_options
 from hardmix.train.seeds import generator
 from hardmix.train.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: what a policy is shown with where nothing is said
 USUAL: dict[str, dict[str, object]] = {
@@ -79,10 +84,7 @@ def show_policy(
     if name in REGRESSION_POLICIES:
         raise ValueError(f"show: {name} pairs by labels that are numbers, which these images don't have; show another.")
     drawn = draw(name, _subject(data, data_path, rows, seed, run), seed, parse_options(sets or []))
-    picture = io.BytesIO()
-    mixed_sheet(drawn.own, drawn.partner, drawn.mask, drawn.mixed, drawn.texts).save(picture, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, picture.getvalue())
+    _save(mixed_sheet(drawn.own, drawn.partner, drawn.mask, drawn.mixed, drawn.texts), path)
     return drawn.texts
 
 
@@ -101,11 +103,7 @@ def show_all(data: str, data_path: str, path: Path, *, seed: int, run: Path | No
         except (ValueError, TypeError):
             if run is None:
                 raise
-    picture = io.BytesIO()
-    stacked = stacked_sheets({n: (d.own, d.partner, d.mask, d.mixed, d.texts) for n, d in sheets.items()})
-    stacked.save(picture, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, picture.getvalue())
+    _save(stacked_sheets({n: (d.own, d.partner, d.mask, d.mixed, d.texts) for n, d in sheets.items()}), path)
     return list(sheets)
 
 
@@ -144,6 +142,13 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
     return Drawn(own, partner, mask, mixed.detach(), texts)
 
 
+def _save(sheet: Image, path: Path) -> None:
+    picture = io.BytesIO()
+    sheet.save(picture, "PNG")
+    with new_file(path):
+        write_bytes(path, picture.getvalue())
+
+
 def _subject(data: str, data_path: str, rows: int, seed: int, run: Path | None) -> Subject:
     if run is not None:
         loaded = load_run(run, data_path=data_path)
@@ -151,7 +156,7 @@ def _subject(data: str, data_path: str, rows: int, seed: int, run: Path | None) 
             raise ValueError(f"show: {run} is of task {loaded.task.recipe.task}; pass a run that tells images apart.")
         task, split = loaded.task, loaded.task.test_set
     else:
-        task, split = None, load_images(data, data_path or None).test
+        task, split = None, load_images(_check.choice("show", "--data", data, CATALOG), data_path or None).test
     index = torch.randperm(len(split), generator=generator(seed, "show"))[:rows]
     images = Subject(split.batch(index).to(torch.float32) / 255.0, split.labels[index], split)
     if task is None:
