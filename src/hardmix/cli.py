@@ -142,7 +142,7 @@ def run(
 
 @app.command()
 def compare(
-    recipes: Annotated[list[str], typer.Argument(help="Two or more recipes; the first is the baseline.")],
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; the others are tested against the first.")],
     seeds: Seeds = 5,
     out: Out = None,
     jobs: Jobs = 0,
@@ -150,6 +150,7 @@ def compare(
 ) -> None:
     """Train recipes on the same seeds; print means, 95 % intervals and paired tests against the first; write a report.
 
+    One recipe alone gets its mean and interval, three or more are ranked by their mean.
     Finished runs in the output folder are kept, so the same command goes on where an interrupted one stopped.
     """
     _compare(recipes, seeds, out or Path("runs") / ("compare-" + "-".join(map(_stem, recipes)))[:100], jobs, sets)
@@ -223,7 +224,9 @@ def show(
     from hardmix.train.errors import RecipeError
     from hardmix.train.show import show_all, show_policy
 
-    if (policy is None) != all_of_them:
+    if policy is not None and all_of_them:
+        raise RecipeError(f"--all shows every policy, not {policy} alone; leave out one of the two.")
+    if policy is None and not all_of_them:
         raise RecipeError("name a policy to show, or pass --all; `hardmix list` shows the policies.")
     if run_folder is not None:
         _is_run(run_folder)
@@ -333,13 +336,15 @@ def copy(
     """Copy a shipped recipe to a file to edit, with every default written out."""
     from hardmix.train.errors import RecipeError
     from hardmix.train.files import write_text
+    from hardmix.train.loop import new_file
     from hardmix.train.recipe import load_recipe
 
     resolved = load_recipe(recipe)
     path = to or Path(f"{resolved.name}.toml")
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file, nothing was written.")
-    write_text(path, resolved.to_toml())
+    with new_file(path):
+        write_text(path, resolved.to_toml())
     say_where("Recipe", path)
 
 
@@ -348,8 +353,12 @@ def report(folder: Annotated[Path, typer.Argument(help="A run or comparison fold
     """Write report.html of a run or a comparison again."""
     from hardmix.report.page import write_comparison_report, write_run_report
 
-    write = write_comparison_report if (folder / "comparison.json").is_file() else write_run_report
-    say_where("Report", write(folder))
+    if (folder / "comparison.json").is_file():
+        page = write_comparison_report(folder)
+    else:
+        _is_run(folder)
+        page = write_run_report(folder)
+    say_where("Report", page)
 
 
 def main() -> None:
@@ -357,7 +366,11 @@ def main() -> None:
     shown = warnings.showwarning
     warnings.showwarning = _tell_once(shown)
     try:
-        app(standalone_mode=False)
+        # Ctrl-C where nothing of ours hears it, and a verb that ends early, come back as a number.
+        if code := app(standalone_mode=False):
+            if code == 130:
+                errors.print("[red]hardmix:[/red] stopped.")
+            raise SystemExit(code)
     except typer.Abort:
         raise SystemExit(130) from None
     except Exception as error:
@@ -436,7 +449,9 @@ def _is_run(folder: Path) -> None:
     if (folder / "comparison.json").is_file():
         raise ValueError(f"{folder} is a comparison; name one of the runs in it, such as {folder}/NAME/seed-0.")
     if not (folder / "recipe.toml").is_file():
-        raise FileNotFoundError(f"{folder} is no run folder (it holds no recipe.toml); name the folder of a run.")
+        raise FileNotFoundError(
+            f"{folder} is no run folder (it holds no recipe.toml); name one that a run was written into."
+        )
 
 
 def _recipes_choice(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     (twin,) = result["twins"]
     assert (twin["name"], twin["base"]) == ("demo-mixup-dm", "demo-mixup")
     assert "same policy with another objective" in out
+    seconds = {row["name"]: row["seconds_per_step"]["mean"] for row in result["table"]}
+    costs = {row["name"]: row["relative_cost"] for row in result["table"]}
+    assert costs == pytest.approx({name: value / seconds["demo-mixup"] for name, value in seconds.items()})
+    assert "Cost: seconds a training step, demo-mixup = 1." in out
+    assert "Rank: by the mean of top-1, 1 is best." in out
+    means = {row["name"]: row["metrics"]["top1"]["mean"] for row in result["table"]}
+    for name, own in means.items():
+        rank = 1 + sum(other > own for other in means.values())
+        (line,) = (line for line in out.splitlines() if re.match(rf"{name} +\d ", line))
+        assert line.split()[1] == str(rank)
+        assert line.split()[-1] == f"{costs[name]:.2f}"
     assert "against <bdi>demo-mixup</bdi>" in (tmp_path / "one/report.html").read_text()
     assert result["table"][0]["versus_first"] is None
     values = [row["metrics"]["top1"]["values"] for row in result["table"]]
@@ -118,6 +130,15 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     assert cli(*args, "--jobs", "2", "--out", "two")[0] == 0
     again = json.loads((tmp_path / "two/comparison.json").read_text())
     assert [run["test"] for run in again["runs"]] == [run["test"] for run in result["runs"]]
+
+
+def test_compare_of_one_recipe_says_its_mean_and_interval_and_ranks_nothing(cli, tmp_path):
+    code, out, err = cli("compare", "demo-mixup", *QUICK, "--seeds", "2", "--jobs", "1", "--out", "one")
+    assert code == 0, err
+    assert "Mean over 2 seeds with 95 % interval." in out
+    assert "against" not in out
+    assert "rank" not in out.lower()
+    assert (tmp_path / "one/report.html").is_file()
 
 
 @pytest.mark.parametrize("name", tables.POLICIES)
@@ -174,6 +195,8 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
     code, _, err = cli("copy", "demo-mixup", "mine.toml")
     assert code == 2
     assert "mine.toml exists" in err
+    assert cli("copy", "demo-mixup", "new/folder/mine.toml")[0] == 0
+    assert (tmp_path / "new/folder/mine.toml").is_file()
     assert cli("run", "mine.toml", *QUICK, "--out", "run")[0] == 0
 
 
@@ -186,12 +209,20 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
         (["run", "demo-mixup", "--set", "data.name=cifar10", "--set", "data.path=nowhere"], 2, "nowhere"),
         (["run", "demo-mixup", "--set", "data.train_samples=3"], 2, "3"),
         (["show", "c-mixup"], 2, "c-mixup pairs by labels that are numbers"),
-        (["compare", "demo-mixup", "demo-mixup"], 3, "two recipes are called demo-mixup"),
+        (["compare", "demo-mixup", "demo-mixup"], 2, "two recipes are called demo-mixup"),
+        (["compare", "demo-mixup", "--set", "data.train_samples=3", "--jobs", "1"], 2, "samples is 3"),
+        (["compare", "demo-mixup", "--set", "data.train_samples=3", "--jobs", "2"], 2, "samples is 3"),
+        (["run", "demo-mixup", "--set", "train.precision=fp16", "--set", "train.device=cpu"], 2, "take bf16"),
+        (["run", "demo-mixup", "--set", "policy=cutmix"], 2, "set policy.name=cutmix"),
+        (["show", "cutmix", "--all"], 2, "--all shows every policy, not cutmix alone"),
+        (["show", "cutmix", "--data", "digitz"], 2, "show: --data is 'digitz'"),
+        (["show", "cutmix", "--out", "/dev/null/x.png"], 2, "/dev/null/x.png can't be written"),
+        (["copy", "demo-mixup", "/dev/null/x.toml"], 2, "/dev/null/x.toml can't be written"),
         (["show", "cutmixx"], 2, 'did you mean "cutmix"'),
         (["eval", "nowhere"], 2, "nowhere is no run folder"),
         (["run", "--resume", "nowhere"], 2, "nowhere is no run folder"),
         (["run", "--resume", "nowhere", "--seed", "3"], 2, "leave out --set, --seed"),
-        (["report", "nowhere"], 2, "nowhere"),
+        (["report", "nowhere"], 2, "nowhere is no run folder"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -200,7 +231,35 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(cli, tmp_path, args, cod
     assert got == code, (out, err)
     assert message in err
     assert "Traceback" not in err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_leaves_a_folder_that_holds_no_run_alone(cli, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    code, _, err = cli("report", ".")
+    assert code == 2
+    assert "it holds no recipe.toml" in err
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("each", "validation", "message"),
+    [
+        (1, 0.1, "'own' has 2 images of 2 classes, too few to cut a test split from; have 5 or more of each class"),
+        (3, 0.1, "set data.validation=0, or have 3 or more training images of each class"),
+        (3, 0, "the test split of folder shows one class only; add images, of a folder without a test split 5 or more"),
+    ],
+)
+def test_a_folder_with_few_images_is_told_what_it_takes(cli, tmp_path, each, validation, message):
+    for name in ("cat", "dog"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "own" / name / f"{i}.png")
+    own = ["--set", "data.name=folder", "--set", "data.path=own", "--set", "data.train_samples=0"]
+    code, _, err = cli("run", "demo-none", *own, "--set", f"data.validation={validation}")
+    assert code == 2
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 @pytest.mark.slow

@@ -6,17 +6,20 @@ import errno
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from hardmix.train import state
+from hardmix.train.compare import compare
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer
 from hardmix.train.log import RunLog
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
+from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.classification import Classification
 
 from .conftest import fingerprint, tiny
@@ -190,6 +193,101 @@ def test_a_folder_that_another_process_trains_into_is_refused(straight):
         assert held
         with pytest.raises(RunError, match="another process trains into"):
             run_recipe(tiny(), straight, resume=True)
+
+
+FAILING = {
+    "no such data": ({"data": {"name": "cifar10", "path": "nowhere"}}, "nowhere"),
+    "too few samples": ({"data": {"train_samples": 1}}, "train_samples is 1,"),
+    "no such layer": ({"policy": {"name": "manifold-mixup", "layers": ["stag1"]}}, 'did you mean "stage1"'),
+    "fp16 on a CPU": ({"train": {"precision": "fp16"}}, r"train\.precision is fp16, .* take bf16"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_start_that_fails_leaves_nothing(tmp_path, case):
+    sections, message = FAILING[case]
+    for start in (
+        lambda out: run_recipe(tiny(**sections), out / "tiny" / "seed-0"),
+        lambda out: compare([tiny(**sections)], [0], out, workers=1),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            start(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with pytest.raises((ValueError, OSError), match=message):
+        run_recipe(tiny(**sections), mine)
+    assert not list(mine.iterdir())
+
+
+def test_a_missing_package_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="timm"):
+        run_recipe(tiny(model={"name": "timm/resnet18"}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_changes_the_arithmetic_of_a_cpu_but_not_what_is_learnt(straight, tmp_path):
+    summary = run_recipe(tiny(train={"precision": "bf16"}), tmp_path / "run")
+    assert fingerprint(tmp_path / "run") != fingerprint(straight)
+    (own,), (whole,) = (losses(folder)[:1] for folder in (tmp_path / "run", straight))
+    assert own != whole
+    assert own == pytest.approx(whole, rel=0.02)
+    assert torch.tensor(summary["test"]["nll"]).isfinite()
+
+
+def losses(folder: Path) -> list[float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def weights(folder: Path, step: int, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoints", str(step)).tensors[kind]
+
+
+def test_a_batch_in_parts_moves_the_weights_as_the_whole_does(tmp_path):
+    """Without batch norms, views and draws, which go by the part."""
+    model = {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch": 4}}
+    for parts in (1, 2, 3):
+        train = {"epochs": 1, "accumulate": parts, "warmup_epochs": 0}
+        run_recipe(tiny(policy=None, model=model, data={"augment": []}, train=train), tmp_path / str(parts))
+    whole = weights(tmp_path / "1", 5)
+    for parts in ("2", "3"):  # 3 parts of 32 samples are not of one size
+        torch.testing.assert_close(weights(tmp_path / parts, 5), whole, rtol=1e-4, atol=1e-5)
+        assert losses(tmp_path / parts) == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
+def test_averaged_weights_are_the_average_of_those_after_each_step(tmp_path):
+    """Two steps of an epoch each: the first average is a copy."""
+    data = {"train_samples": 32, "validation": 0}
+    run_recipe(tiny(data=data, train={"ema": 0.75, "warmup_epochs": 0}), tmp_path / "run")
+    first, second = (weights(tmp_path / "run", step) for step in (1, 2))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for step, expected in (
+        (1, first),
+        (2, {name: 0.75 * value + 0.25 * second[name] for name, value in first.items()}),
+    ):
+        average = weights(tmp_path / "run", step, "ema")
+        for name, value in expected.items():
+            if first[name].is_floating_point():
+                torch.testing.assert_close(average[f"module.{name}"], value)
+
+
+def test_the_log_is_kept_for_tensorboard_too(straight):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(straight / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(straight))
+    assert [event.step for event in events.Scalars("validation/top1")] == [5, 10]
+
+
+def test_numbers_of_samples_that_cannot_be_had_are_told_with_the_data():
+    with pytest.raises(ValueError, match=r"data\.train_samples is 9, but digits has 1,442 .* of 10 classes; .* 10 to "):
+        Classification(tiny(data={"train_samples": 9}))
+    with pytest.raises(ValueError, match=r"data: digits has 10 training images of 10 classes, .* data\.validation=0,"):
+        Classification(tiny(data={"train_samples": 10, "validation": 0.2}))
+    assert len(Classification(tiny(data={"train_samples": 10, "validation": 0})).train_set) == 10
 
 
 def test_a_key_that_a_newer_version_adds_does_not_stop_a_resume(tmp_path, monkeypatch):

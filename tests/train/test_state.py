@@ -44,6 +44,24 @@ def test_older_checkpoints_are_dropped(tmp_path):
     assert list_steps(tmp_path) == [4, 5]
 
 
+def test_half_of_a_dropped_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+
+    def killed(folder, **options):
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hardmix.train.state.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 3, tensors(3), {})
+    assert list_steps(tmp_path) == [2, 3]
+    clean_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_refused_and_the_older_one_named(tmp_path, name, damage):

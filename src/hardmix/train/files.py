@@ -13,6 +13,20 @@ from hardmix._files import sync_folder as sync_folder
 from hardmix._files import write_bytes as write_bytes
 from hardmix._files import write_text as write_text
 
+#: folders that this process holds
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+# A loader's worker that outlives its killed parent for some seconds would hold the folder as long.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[bool]:
@@ -26,6 +40,7 @@ def only_writer(folder: Path) -> Iterator[bool]:
         yield True
         return
     handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +49,9 @@ def only_writer(folder: Path) -> Iterator[bool]:
         else:
             yield True
     finally:
-        os.close(handle)
+        if handle in _held:  # not in a forked child
+            _held.remove(handle)
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,8 +10,9 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
 from hardmix.distributed import average_gradients, from_first, largest, mean_over_ranks, my_part, rows_from_first
-from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
 from hardmix.train.files import only_writer, write_json, write_text
+from hardmix.train.finite import not_finite_output, not_finite_weight
 from hardmix.train.log import NoLog, RunLog
 from hardmix.train.optimizer import build_optimizer
 from hardmix.train.recipe import Recipe, load_recipe
@@ -31,6 +33,7 @@ from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
 from hardmix.train.start import prepare_start
 from hardmix.train.state import (
+    Checkpoint,
     clean_leftovers,
     flatten_optimizer,
     list_steps,
@@ -40,7 +43,7 @@ from hardmix.train.state import (
     save_checkpoint,
     unflatten_optimizer,
 )
-from hardmix.train.stop import Stop, stop_signals
+from hardmix.train.stop import Stop, ends_at_signal, leave_signals_to_parent, stop_signals
 from hardmix.train.tasks import TASKS
 from hardmix.train.tasks.classification import Classification
 from hardmix.train.tasks.image_text import ImageText
@@ -63,6 +66,7 @@ def run_recipe(
 
     Raises:
         RunError: the folder holds another run, another process trains into it, or the loss is not finite.
+        RecipeError: fp16 on a CPU.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     accelerator = _accelerator(recipe)
@@ -76,7 +80,7 @@ def run_recipe(
         accelerator = _accelerator(recipe)
     with ExitStack() as stack:
         if first:
-            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(new_folder(folder))
         if not from_first(stack.enter_context(only_writer(folder)) if first else None):
             raise RunError(f"another process trains into {folder}; wait for it, or choose another --out.")
         if first:
@@ -93,7 +97,37 @@ def run_recipe(
         stack.callback(run.log.close)
         with stop_signals() as stop:
             run.train(stop, progress)
-        return run.finish()
+        with ends_at_signal(f"stopped after the training; go on with: hardmix run --resume {folder}"):
+            return run.finish()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create a folder. After an error what holds nothing is gone: folders inside it, itself, and new ones above it."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        inside = [Path(place) for place, _, _ in os.walk(folder, topdown=False)] if created else []
+        for path in (*inside, *created[1:]):
+            with suppress(OSError):  # one that holds something
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Create the folder of a file that is asked for. What the system has against it is told with the file's name.
+
+    Raises:
+        RecipeError: it can't be written.
+    """
+    try:
+        with new_folder(path.parent):
+            yield
+    except OSError as error:
+        raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -256,9 +290,12 @@ class _Run:
                 num_workers=self.recipe.data.workers,
                 pin_memory=self.device.type == "cuda",
                 generator=generator(self.recipe.seed, "workers", at.epoch),
+                worker_init_fn=leave_signals_to_parent,
             )
             first = self.step
             for offset, (index, raw) in enumerate(zip(groups, loader, strict=True)):
+                if isinstance(raw, Exception):
+                    raise raw
                 yield first + offset, index, raw
 
     def _one_step(self, step: int, index: Tensor, raw: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -284,7 +321,9 @@ class _Run:
                 else:
                     loss, values = self.task.loss(self.model, batch, draws)
             if not math.isfinite(loss.item()):
-                raise RunError(self._not_finite(step, index, batch, loss.item()))
+                draws = generator(self.recipe.seed, "mix", step, rank, part)
+                again = partial(self.task.loss, self.model, batch, draws)
+                raise RunError(self._not_finite(step, index, batch[0], loss.item(), again))
             if whole is None:
                 self.accelerator.backward(loss * share)
             totals = {k: totals[k] + v * share if k in totals else v * share for k, v in values.items()}
@@ -317,19 +356,22 @@ class _Run:
         scaler = self.accelerator.scaler
         return loss * share if scaler is None else scaler.scale(loss * share)
 
-    def _not_finite(self, step: int, index: Tensor, batch: tuple[Tensor, ...], loss: float) -> str:
-        """Who is to blame: the images, the weights, or the step itself."""
+    def _not_finite(self, step: int, index: Tensor, data: Tensor, loss: float, again: Callable[[], object]) -> str:
+        """Who is to blame: the images, the weights, a layer, or the loss itself. `again` is the forward once more."""
         names = self.task.names(index)
         ids = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        culprit = "the loss itself (try a lower train.lr or train.clip_norm)"
-        if batch[0].is_floating_point() and not bool(torch.isfinite(batch[0]).all()):
+        model = self.accelerator.unwrap_model(self.model)
+        if data.is_floating_point() and not bool(torch.isfinite(data).all()):
             culprit = "the data of this batch"
+        elif name := not_finite_weight(model):
+            culprit = f"the weights {name}"
+        elif name := not_finite_output(model, again):
+            culprit = f"the output of {name} (try a lower train.lr or train.clip_norm)"
         else:
-            for name, value in self.accelerator.unwrap_model(self.model).named_parameters():
-                if not bool(torch.isfinite(value).all()):
-                    culprit = f"the weights {name}"
-                    break
-        return f"the loss is {loss} at step {step}; the first tensor that is not finite is {culprit}; samples: {ids}."
+            culprit = "the loss itself (try a lower train.lr or train.clip_norm)"
+        return (
+            f"the loss is {loss} at step {step + 1}; the first tensor that is not finite is {culprit}; samples: {ids}."
+        )
 
     def _end_of_epoch(self, started: float) -> None:
         epoch = round(self.schedule.epochs_done(self.step))
@@ -338,8 +380,14 @@ class _Run:
         self._agree()
         self.task.end_epoch(self.accelerator.unwrap_model(self.model), self.device)
         if last or epoch % self.recipe.eval.every == 0:
+            model = self._eval_model()
+            if name := not_finite_weight(model):
+                raise RunError(
+                    f"the weights {name} are not finite after step {self.step}, so there is nothing to measure; try a "
+                    "lower train.lr or train.clip_norm."
+                )
             with self.accelerator.autocast():
-                self.validation = self.task.validate(self._eval_model(), self.device)
+                self.validation = self.task.validate(model, self.device)
             if self.validation:
                 with self._writing("the log"):
                     self.log.metrics(
@@ -407,6 +455,7 @@ class _Run:
                 tensors[name] = module.state_dict()
         state = {
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "processes": self.accelerator.num_processes,
             "optimizer": rest,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "best": None if self.best_step is None else {"step": self.best_step, "score": self.best},
@@ -440,6 +489,7 @@ class _Run:
 
     def _load_weights(self, which: str | int) -> dict[str, Any]:
         saved = load_checkpoint(self.checkpoints, which)
+        self._check_origin(saved)
         model = self.accelerator.unwrap_model(self.model)
         match_shapes("resume", model, saved.tensors["model"])
         model.load_state_dict(saved.tensors["model"])
@@ -453,6 +503,23 @@ class _Run:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         return saved.state
 
+    def _check_origin(self, saved: Checkpoint) -> None:
+        """A checkpoint that was copied from another run fits its shapes at best."""
+        # What only one of them says is a key that another version knows.
+        before, now = (flat(r) for r in (saved.state["recipe"], self.recipe.model_dump(mode="json", exclude_none=True)))
+        if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+            raise CheckpointError(
+                f"checkpoint {saved.folder} is of a run with other settings ({', '.join(changed[:5])}); delete that "
+                "folder, or put the run's own back."
+            )
+        processes = saved.state.get("processes", self.accelerator.num_processes)
+        if processes != self.accelerator.num_processes and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{saved.folder} was written by {processes} processes and {self.accelerator.num_processes} go on: the "
+                "run ends with other weights than an uninterrupted one.",
+                stacklevel=2,
+            )
+
 
 class _Batches(torch.utils.data.Dataset):
     """Hands whole batches of sample numbers to the task, so that in-memory data is indexed once per batch."""
@@ -460,8 +527,12 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, load: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self.load = load
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, ...]:
-        return self.load(index)
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, ...] | Exception:
+        try:
+            return self.load(index)
+        except (ValueError, RuntimeError, OSError) as error:
+            # A worker would hand over its traceback as the message.
+            return error
 
 
 def _accelerator(recipe: Recipe) -> Any:
@@ -479,7 +550,10 @@ def _accelerator(recipe: Recipe) -> Any:
     # Without a GPU, Accelerate takes several processes of a launcher for strangers unless it is told.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     on_cpu = recipe.train.device == "cpu" or several
-    return Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
+    if precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate would go on in fp32
+        raise RecipeError("train.precision is fp16, which a CPU does not compute in; take bf16, or a GPU.")
+    return accelerator
 
 
 def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
@@ -489,8 +563,7 @@ def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
         return f"{folder} is a file; choose another --out."
     if not before.is_file():
         # A start that was killed may have left a file aside; that is not somebody's work.
-        clean_leftovers(folder)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != ".recipe.toml.part" for path in folder.iterdir()):
             return f"{folder} is not empty and holds no run; choose another --out."
         return None
     if not resume:

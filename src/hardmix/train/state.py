@@ -64,8 +64,19 @@ def save_checkpoint(
     kept = {step, *keep}
     for old in list_steps(root)[:-2]:
         if old not in kept:
-            shutil.rmtree(root / f"step-{old:08d}", ignore_errors=True)
+            _drop(root / f"step-{old:08d}")
     return final
+
+
+def _drop(folder: Path) -> None:
+    """Delete a checkpoint, whose name goes first: half of one is none."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(folder, aside)
+    except OSError:
+        return  # it stays, whole
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def mark_best(root: Path, step: int, score: float) -> None:
@@ -173,7 +184,10 @@ def _read(folder: Path) -> Checkpoint:
         for name, data in contents.items()
         if name.endswith(".safetensors")
     }
-    return Checkpoint(tensors, json.loads(contents["state.json"]), folder)
+    state = json.loads(contents["state.json"])
+    if folder.name != f"step-{state['step']:08d}":
+        raise CheckpointError(f"checkpoint {folder} is of step {state['step']}, so it was renamed")
+    return Checkpoint(tensors, state, folder)
 
 
 def measured_weights(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

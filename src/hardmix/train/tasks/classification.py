@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hardmix.data.catalog import load_images
 from hardmix.data.images import ImageData, ImageSet, check_finite
-from hardmix.data.splits import stratified_subset, train_validation_split
+from hardmix.data.splits import rows_to_split, stratified_subset, train_validation_split
 from hardmix.data.views import Augment, Normalize
 from hardmix.distributed import gather_rows, my_part
 from hardmix.metrics.classification import classification_metrics, mixed_accuracy, mixed_metrics, reliability
@@ -19,6 +19,7 @@ from hardmix.mixing import MixedTarget, MixPlan, Policy
 from hardmix.models.build import build_model
 from hardmix.models.on_pixels import OnPixels
 from hardmix.train.components import build_objective, build_policy
+from hardmix.train.errors import RunError
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
 from hardmix.train.seeds import derive, generator
@@ -47,14 +48,14 @@ class Classification:
         )
         index = torch.arange(len(data.train))
         if recipe.data.train_samples:
-            index = stratified_subset(data.train.labels, recipe.data.train_samples, seed=recipe.seed)
+            index = _subset(recipe, data.train)
         pool = data.train.subset(index)
         if data.validation is not None:
             self.train_set, self.validation_set = pool, data.validation
         else:
             train, validation = torch.arange(len(pool)), torch.arange(0)
             if recipe.data.validation:
-                train, validation = train_validation_split(pool.labels, recipe.data.validation, seed=recipe.seed)
+                train, validation = _cut_validation(recipe, pool)
             self.train_set, self.validation_set = pool.subset(train), pool.subset(validation)
         self.setup(recipe, data, pretrained=pretrained)
 
@@ -66,7 +67,10 @@ class Classification:
                 'eval.checkpoint is "best" but nothing is kept for validation; set data.validation above 0.'
             )
         if len(self.test_set.labels.unique()) < 2:
-            raise ValueError(f"data: the test split of {data.name} shows one class only; it needs two or more.")
+            raise ValueError(
+                f"data: the test split of {data.name} shows one class only; add images, of a folder without a "
+                "test split 5 or more of each class."
+            )
         self._hard_partner = other_class_partner(self.test_set.labels, generator=generator(0, "hard"))
         self.recipe = recipe
         self.data = data
@@ -172,7 +176,13 @@ class Classification:
         parts = [torch.empty(0, len(images.class_names))]
         for index in my_part(torch.arange(len(images))).split(self.recipe.eval.batch_size):
             parts.append(self._probs(model, self._pixels(images.batch(index).to(device))))
-        return gather_rows(torch.cat(parts))
+        probs = gather_rows(torch.cat(parts))
+        if broken := int((~probs.isfinite().all(1)).sum()):
+            raise RunError(
+                f"the model's output is not finite for {broken} of {len(images)} images that are measured; try a lower "
+                "train.lr or train.clip_norm."
+            )
+        return probs
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Metrics on the validation split; empty without one."""
@@ -263,3 +273,28 @@ class Classification:
         if self.recipe.train.channels_last and x.ndim == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x
+
+
+def _subset(recipe: Recipe, images: ImageSet) -> Tensor:
+    """Rows of data.train_samples training images."""
+    samples, classes = recipe.data.train_samples, len(images.labels.unique())
+    if not classes <= samples <= len(images):
+        raise ValueError(
+            f"data.train_samples is {samples}, but {recipe.data.name} has {len(images):,} training images of {classes} "
+            f"classes; set a number from {classes} to {len(images)}, or 0 for all."
+        )
+    return stratified_subset(images.labels, samples, seed=recipe.seed)
+
+
+def _cut_validation(recipe: Recipe, pool: ImageSet) -> tuple[Tensor, Tensor]:
+    """(training rows, validation rows) of the images that are there to train on."""
+    share = recipe.data.validation
+    try:
+        return train_validation_split(pool.labels, share, seed=recipe.seed)
+    except ValueError:
+        classes = len(pool.labels.unique())
+        raise ValueError(
+            f"data: {recipe.data.name} has {len(pool)} training images of {classes} classes, of which no share of "
+            f"data.validation={share:g} can be kept for validation; set data.validation=0, or have "
+            f"{rows_to_split(classes, share)} or more training images of each class."
+        ) from None
