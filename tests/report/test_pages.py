@@ -70,6 +70,18 @@ def test_an_unmixed_run_is_not_called_mixed(tmp_path: Path) -> None:
     assert "mixed batches" not in text
 
 
+def test_the_probe_of_clean_training_images_is_drawn_and_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", epochs=2)
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line | {"train_top1": 0.875} if line["kind"] == "validation" else line for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_run_report(tmp_path / "run")
+    check_page(page)
+    assert "Orange: top-1 of training images as they are." in words(page)
+    assert "top-1 of training images as they are ends at 87.5" in page.read_text()
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     write_run(tmp_path / "run", epochs=3)
     first = write_run_report(tmp_path / "run").read_bytes()

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardmix.data.splits import stratified_subset
 from hardmix.train import state
 from hardmix.train.compare import compare
 from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.evaluate import load_run
 from hardmix.train.files import only_writer
 from hardmix.train.log import RunLog
 from hardmix.train.loop import run_recipe
-from hardmix.train.recipe import Recipe
+from hardmix.train.recipe import Recipe, load_recipe
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.classification import Classification
 
@@ -343,3 +345,28 @@ def test_every_kind_of_section_trains(tmp_path, sections):
     assert summary["finished"]
     assert 0.0 <= summary["test"]["top1"] <= 1.0
     assert torch.tensor(summary["test"]["nll"]).isfinite()
+
+
+def test_training_images_as_they_are_are_measured_beside_the_validation(tmp_path):
+    recipe = tiny(eval={"probe": 60}, train={"epochs": 2})
+    run_recipe(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = [line["train_top1"] for line in lines if line["kind"] == "validation"]
+    assert len(told) == 2
+    assert all(round(60 * value) == pytest.approx(60 * value) for value in told)
+    loaded = load_run(tmp_path / "run")
+    images = loaded.task.train_set
+    probe = images.subset(stratified_subset(images.labels, 60, seed=0))
+    right = loaded.task.predict(loaded.task.network, probe, loaded.device).argmax(1) == probe.labels
+    assert told[-1] == pytest.approx(float(right.float().mean()))
+    # what is asked changes nothing of what is trained
+    run_recipe(tiny(train={"epochs": 2}), tmp_path / "plain")
+    names = sorted(name for name in fingerprint(tmp_path / "run") if name.endswith("model.safetensors"))
+    assert all(fingerprint(tmp_path / "run")[name] == fingerprint(tmp_path / "plain")[name] for name in names)
+
+
+def test_the_probe_needs_no_validation_split(tmp_path):
+    summary = run_recipe(tiny(eval={"probe": 10**6}, data={"validation": 0.0}), tmp_path / "run")
+    assert set(summary["validation"]) == {"train_top1"}
+    with pytest.raises(ValueError, match=r"eval\.probe is for classification recipes; leave it out"):
+        load_recipe("emoji-clip", ["eval.probe=5"])

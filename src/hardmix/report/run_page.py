@@ -150,6 +150,10 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
     if x:
         lines.append(Line(x, accuracy, 0, quiet=True))
         told.append(f"training accuracy ends at {show('top1', accuracy[-1], 1)}")
+    x, probe = plots.thin(run.validation, "train_top1")
+    if x:
+        lines.append(Line(x, probe, 2, points=True))
+        told.append(f"top-1 of training images as they are ends at {show('top1', probe[-1], 1)}")
     x, top1 = plots.thin(run.validation, "top1")
     if x:
         lines.append(Line(x, top1, 1, points=True))
@@ -160,7 +164,9 @@ def run_curves(run: RunFolder) -> list[tuple[Plot, str]]:
         caption = "top-1 of the labelled samples" if few else "training top-1"
         caption = "share-weighted top-1 on mixed training batches; it can't reach 100 %" if mixes else caption
         plot = plots.curves(lines, alt, y_label="accuracy", percent=True, width=WIDE)
-        drawn.append((plot, f"{'Blue: validation top-1. ' if top1 else ''}Grey: {caption}."))
+        blue = "Blue: validation top-1. " if top1 else ""
+        orange = "Orange: top-1 of training images as they are. " if probe else ""
+        drawn.append((plot, f"{blue}{orange}Grey: {caption}."))
     drawn += _pseudo_curves(run)
     x, recall = plots.thin(run.validation, "recall_5")
     if x:

@@ -393,8 +393,9 @@ class _Run:
                     self.log.metrics(
                         {"kind": "validation", "step": self.step, "epoch": float(epoch), **self.validation}
                     )
-                if improved := self.task.sign * self.validation[self.task.score] > self.best:
-                    self.best, self.best_step = self.task.sign * self.validation[self.task.score], self.step
+                score = self.validation.get(self.task.score)
+                if improved := score is not None and self.task.sign * score > self.best:
+                    self.best, self.best_step = self.task.sign * score, self.step
         if last or improved or epoch % self.recipe.train.checkpoint_every == 0:
             self._save(started)
 

@@ -188,6 +188,8 @@ class Recipe(Section):
                 f'model.name is "{self.model.name}", which takes {self.model.kind}, but data.name is '
                 f'"{self.data.name}", which holds {self.data.kind}'
             )
+        if self.eval.probe and self.task != "classification":
+            yield "eval.probe is for classification recipes; leave it out"
         if self.data.name not in PAIR_SETS:
             yield from self._misfits_of_images_and_numbers()
 

@@ -313,6 +313,9 @@ class EvalSection(Section):
     every: int = Field(1, ge=1, description="epochs between two evaluations")
     batch_size: int = Field(500, ge=1, description="samples that are evaluated at once")
     checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
+    probe: int = Field(
+        0, ge=0, description="training images that an evaluation of a classification run measures as they are too"
+    )
     parts: list[str] = Field(
         default_factory=list,
         description=f"of an image-text run, what is measured at the end, of {', '.join(MEASURES)}; empty: all there is",

@@ -185,10 +185,19 @@ class Classification:
         return probs
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Metrics on the validation split; empty without one."""
-        if len(self.validation_set) == 0:
-            return {}
-        return classification_metrics(self.predict(model, self.validation_set, device), self.validation_set.labels)
+        """Metrics on the validation split, without one none, and the accuracy on `eval.probe` training images."""
+        found: dict[str, float] = {}
+        if len(self.validation_set):
+            probs = self.predict(model, self.validation_set, device)
+            found = classification_metrics(probs, self.validation_set.labels)
+        if count := min(self.recipe.eval.probe, len(self.train_set)):
+            # Neither mixed nor augmented, so that it can be compared with the validation split.
+            probe = self.train_set
+            if count < len(probe):
+                probe = probe.subset(stratified_subset(probe.labels, count, seed=0))
+            right = self.predict(model, probe, device).argmax(1) == probe.labels
+            found["train_top1"] = float(right.to(torch.float64).mean())
+        return found
 
     def test(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """All that summary.json says about the test split."""
