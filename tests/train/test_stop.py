@@ -68,18 +68,23 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_saves(tmp_path) -> None
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_a_forked_worker_does_not_hold_the_folder(tmp_path) -> None:
+    lives, tells = os.pipe()
     with only_writer(tmp_path) as held:
         assert held
         worker = os.fork()
         if worker == 0:
+            os.write(tells, b"!")
             time.sleep(60)
             os._exit(0)
+        assert os.read(lives, 1) == b"!"
     try:
         with only_writer(tmp_path) as held:
             assert held
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+        os.close(lives)
+        os.close(tells)
 
 
 def test_errors_of_a_worker_are_those_of_the_run_itself(tmp_path, monkeypatch) -> None:
