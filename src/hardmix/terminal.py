@@ -171,7 +171,8 @@ def print_comparison(result: dict[str, Any]) -> None:
         cells = [_with_interval(row["metrics"][metric], metric) for metric in shown]
         place = [str(rank or "n/a")] if any(ranks) else []
         table.add_row(escape(row["name"]), *place, *cells, f"{row['relative_cost']:.2f}")
-    console.print(table)
+    # A narrow terminal folds names; a file is as wide as its lines.
+    (console if console.is_terminal else Console(highlight=False, width=ANY_WIDTH)).print(table)
     if any(ranks):
         console.print(f"Rank: by the mean of {TITLES[key].removesuffix(' %')}, 1 is best.")
     console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.")

@@ -132,6 +132,14 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     assert [run["test"] for run in again["runs"]] == [run["test"] for run in result["runs"]]
 
 
+def test_a_comparison_that_is_piped_folds_no_name(cli, tmp_path):
+    names = ["demo-none", "demo-mixup-dm", "demo-cutmix-dm"]
+    code, out, err = cli("compare", *names, *QUICK, "--seeds", "2", "--jobs", "1", "--out", "out")
+    assert code == 0, err
+    rows = [line.split()[0] for line in out.splitlines() if line.startswith("demo-")]
+    assert rows == names
+
+
 def test_compare_of_one_recipe_says_its_mean_and_interval_and_ranks_nothing(cli, tmp_path):
     code, out, err = cli("compare", "demo-mixup", *QUICK, "--seeds", "2", "--jobs", "1", "--out", "one")
     assert code == 0, err
