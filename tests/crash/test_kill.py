@@ -192,6 +192,25 @@ def test_every_kill_point_resumes_bit_exactly(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_kills_with_loader_workers_resume_bit_exactly_and_at_once(tmp_path, monkeypatch):
+    """To the bytes of a run without workers, though those of the killed run may still be there."""
+    load_everything()
+    no_plots(monkeypatch)
+    assert child(tmp_path / "straight", train_tiny) == 0
+    expected = fingerprint(tmp_path / "straight")
+    recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"workers": 2})})
+
+    def train(folder: Path) -> None:
+        run_recipe(recipe, folder, resume=True)
+
+    for number, point in enumerate([kill_in_step(2, train), kill_half_way_through_write(3, train)]):
+        folder = tmp_path / f"run-{number}"
+        assert child(folder, point) == -signal.SIGKILL, number
+        assert child(folder, train) == 0, number
+        assert fingerprint(folder) == expected, number
+
+
+@pytest.mark.slow
 def test_a_start_and_what_follows_from_it_resume_bit_exactly(drawings, tmp_path, monkeypatch):
     """m2-Mix, whose weight falls with the epochs, then CaRot, whose teacher is part of what a checkpoint holds."""
     train = {"epochs": 2, "batch_size": 7}
