@@ -14,21 +14,7 @@ from hardmix.kernels.graph_cut import grid_energy
 from hardmix.mixing import MixedTarget, MixPlan, Mixup, RandomChoice
 from hardmix.mixing.gradients import input_saliency
 from hardmix.mixing.optimal import PuzzleMix, PuzzlePlan, block_shares
-from mixing.cases import constant_rows, own_share, rng
-
-
-class Net(nn.Module):
-    """Convolution, batch norm and dropout; `seen` keeps the last batch that it was asked with."""
-
-    def __init__(self, channels: int = 3, classes: int = 5) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.norm(self.conv(x)).relu().square().mean((2, 3))))
+from mixing.cases import ConvNet, constant_rows, own_share, rng
 
 
 class Blind(nn.Module):
@@ -38,9 +24,9 @@ class Blind(nn.Module):
         return 0.0 * x.square().sum((1, 2, 3))[:, None].expand(-1, 5)
 
 
-def net(channels: int = 3) -> Net:
+def net(channels: int = 3) -> ConvNet:
     torch.manual_seed(0)
-    return Net(channels)
+    return ConvNet(channels)
 
 
 def blobs(n: int, channels: int, h: int, w: int, seed: int = 0) -> Tensor:

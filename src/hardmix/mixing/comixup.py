@@ -75,8 +75,7 @@ class CoMixup(AskingPolicy):
             less, in the order of its rows.
         rounds: over the outputs of a part, after two that settle the random start.
         starts: random starts of each part, of which the cheapest end is taken. A descent over one output after the
-            other ends where no single one can be improved: on a trained network's saliency 4 % above the best of many
-            starts from one, 2 % from three.
+            other ends where no single one can be improved, which is often not the best there is.
 
     Shapes: (N, C, H, W) floats, square or not; class ids (N,), floats (N,) or rows (N, classes). `forward` returns
     MixedTarget(labels (N, K), weights (N, K)): K is the largest number of inputs that an output shows, at least 2; the
