@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def pair(n: int, classes: int, device: str = "cpu") -> MixedTarget:
 def no_waiting():
     """Any operation in here that makes the host wait for the GPU raises."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the first call in a process: that the mode misses some waits
+        torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
