@@ -15,8 +15,8 @@ SPECTRA = ("isotropic", "released")
 _NEGLIGIBLE = 1.2e-5
 #: Rows longer than this are thresholded by looking closely only at the pixels near the threshold.
 _LONG_ROW = 512
-#: Pixels whose field is there at a time: few enough to keep their memory, enough to share among threads.
-_PIECE = 1 << 21
+#: Pixels for each thread whose field is there at a time: few enough to keep their memory, enough to be worth sharing.
+_PIECE = 1 << 20
 
 
 def low_frequency_mask(
@@ -25,8 +25,9 @@ def low_frequency_mask(
     """(rows, *size) bool with exactly keep[r] True in row r: the largest pixels of a `low_frequency_field`."""
     rows, pixels = keep.shape[0], math.prod(size)
     weights, waves = _draw_weights(rows, size, decay, spectrum, generator)
-    # In pieces: a field of the whole batch leaves the cache, and its pages are taken from the system each time.
-    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE // pixels)
+    # In pieces: a field of the whole batch leaves the cache, and its pages are taken from the system each time. Not in
+    # many: each is some dozen operations at whose ends all threads meet.
+    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE * max(2, torch.get_num_threads()) // pixels)
     masks = [
         largest(_sum_waves(part, waves).flatten(1), kept)
         for part, kept in zip(weights.split(piece), keep.split(piece), strict=True)
