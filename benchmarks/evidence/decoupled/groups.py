@@ -26,6 +26,8 @@ REST = ("fmix", "resizemix", "manifold-mixup")
 CNN = {"epochs": 30, "batch_size": 64, "lr": 0.1, "weight_decay": 5e-4, "warmup_epochs": 3, "threads": 1}
 VIT = {**CNN, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0}
 GPU = {**CNN, "epochs": 100, "batch_size": 100, "warmup_epochs": 5, "precision": "bf16", "checkpoint_every": 50}
+#: as long as the paper's shortest runs
+LONG = {**GPU, "epochs": 200}
 
 Methods = dict[str, dict[str, Any]]
 
@@ -40,15 +42,20 @@ def policy(name: str, alpha: float | None) -> dict[str, Any]:
     return {"name": name, **options}
 
 
-def methods(names: tuple[str, ...], etas: tuple[float, ...] = PAPER_ETAS) -> Methods:
-    """Policy and objective by the method's name, which says it all: cutmix-dm1-a0.2 is CutMix, eta 1, alpha 0.2."""
+def methods(
+    names: tuple[str, ...], etas: tuple[float, ...] = PAPER_ETAS, alphas: tuple[float, ...] = (USUAL_ALPHA, PAPER_ALPHA)
+) -> Methods:
+    """Policy and objective by the method's name, which says it all: cutmix-dm1-a0.2 is CutMix, eta 1, alpha 0.2.
+
+    `alphas` are those of cross entropy.
+    """
     made: Methods = {}
     for name in names:
         # ResizeMix draws its own scale and has no alpha.
-        usual, paper = (None, None) if name == "resizemix" else (USUAL_ALPHA, PAPER_ALPHA)
-        for alpha in dict.fromkeys((usual, paper)):
+        drawn = name == "resizemix"
+        for alpha in (None,) if drawn else alphas:
             made[f"{name}-ce{_suffix(alpha)}"] = {"policy": policy(name, alpha), "objective": CROSS_ENTROPY}
-        made |= with_etas(name, etas, paper)
+        made |= with_etas(name, etas, None if drawn else PAPER_ALPHA)
     return made
 
 
@@ -90,7 +97,7 @@ def group(data: str, samples: int, model: str, chosen: Methods, train: dict[str,
 
 def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
     """Comparison -> recipes; the first recipe of each is the one without mixing. `epochs` replaces those of all."""
-    cnn, vit_train, gpu = ({**train, "epochs": epochs or train["epochs"]} for train in (CNN, VIT, GPU))
+    cnn, vit_train, gpu, long = ({**train, "epochs": epochs or train["epochs"]} for train in (CNN, VIT, GPU, LONG))
     resnet, vit, large = "small-resnet", "tiny-vit", "resnet18"
     pair, everything = NONE | methods(PAIR), NONE | methods(PAIR + REST)
     sweep = with_etas("mixup", MORE_ETAS) | with_etas("cutmix", MORE_ETAS)
@@ -115,6 +122,10 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
             made[f"cifar10-{samples}-bce"] = group("cifar10", samples, large, binary_methods(), gpu)
             made[f"cifar10-{samples}-small-bce"] = group("cifar10", samples, resnet, binary_methods(), cnn)
             made[f"cifar10-{samples}-vit"] = group("cifar10", samples, vit, pair, vit_train)
+        # the difference that the loss makes, at the length of the paper and on all images
+        loss = NONE | methods(("mixup",), PAPER_ETAS[:1], (PAPER_ALPHA,))
+        for samples in (5000, 50000):
+            made[f"cifar10-{samples}-long"] = group("cifar10", samples, large, loss, long)
     return made
 
 

@@ -21,7 +21,7 @@ from groups import MORE_ETAS, PAIR, PAPER_ALPHA, PAPER_ETAS, REST, USUAL_ALPHA
 from hardmix.metrics.statistics import PairedTest, mean_interval, paired_test
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Measure, columns_of_tests, read_rows, table, with_half_width, write_page
+from common import Cell, Measure, columns_of_tests, read_rows, table, with_half_width, write_page
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[3] / "docs" / "evidence"
@@ -48,22 +48,32 @@ METRICS: dict[str, Measure] = {
 class Group(NamedTuple):
     """One comparison: where its numbers come from, and its runs by method, in the order of the seeds."""
 
+    name: str
     about: dict[str, Any]
     runs: dict[str, dict[str, list[float]]]
 
     @property
+    def long(self) -> bool:
+        return self.name.endswith("-long")
+
+    @property
     def title(self) -> str:
         data, model = self.about["data"], self.about["model"]
-        return f"{DATA[data['name']]} {data['train']:,}, {model['name']}"
+        length = f", {self.about['recipe']['train']['epochs']} epochs" if self.long else ""
+        return f"{DATA[data['name']]} {data['train']:,}, {model['name']}{length}"
 
     def test(self, method: str, base: str, metric: str) -> PairedTest:
         return paired_test(self.runs[method][metric], self.runs[base][metric])
+
+    def cell(self, method: str, base: str, metric: str) -> Cell:
+        """A difference and its measure, or None where one of the two was not run."""
+        return (self.test(method, base, metric), metric) if {method, base} <= self.runs.keys() else None
 
 
 def read_groups() -> dict[str, Group]:
     groups = {}
     for path in sorted(RESULTS.glob("*.csv"), key=lambda p: (p.stem.startswith("cifar"), len(p.stem), p.stem)):
-        groups[path.stem] = Group(json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
+        groups[path.stem] = Group(path.stem, json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
     return groups
 
 
@@ -88,11 +98,11 @@ def families(base_alpha: float) -> list[tuple[Group, str, str]]:
 def loss_effect(metric: Callable[[str], str]) -> str:
     """DM minus cross entropy, the policy and its alpha alike, for the paper's two weights."""
     cases = families(PAPER_ALPHA)
-    rows: list[list[tuple[PairedTest, str] | None]] = []
+    rows: list[list[Cell]] = []
     for group, policy, base in cases:
         key = metric(policy)
         names = [name_of(policy, f"dm{eta:g}", PAPER_ALPHA) for eta in PAPER_ETAS]
-        rows.append([(group.test(name, base, key), key) for name in names])
+        rows.append([group.cell(name, base, key) for name in names])
     cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", *(f"eta {eta:g}" for eta in PAPER_ETAS))
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
@@ -106,11 +116,11 @@ def own_kind(policy: str) -> str:
 def alpha_effect() -> str:
     """What the paper compares, and what of it is alpha."""
     cases = [case for case in families(USUAL_ALPHA) if case[1] != "resizemix"]
-    rows: list[list[tuple[PairedTest, str] | None]] = []
+    rows: list[list[Cell]] = []
     for group, policy, base in cases:
         names = [name_of(policy, f"dm{eta:g}", PAPER_ALPHA) for eta in PAPER_ETAS]
         names.append(name_of(policy, "ce", PAPER_ALPHA))
-        rows.append([(group.test(name, base, "top1"), "top1") for name in names])
+        rows.append([group.cell(name, base, "top1") for name in names])
     cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", *(f"DM {eta:g} at 0.2 - CE at 1" for eta in PAPER_ETAS), "CE at 0.2 - CE at 1")
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
@@ -119,11 +129,10 @@ def alpha_effect() -> str:
 def mixing_effect() -> str:
     """Does mixing itself help here? Soft cross entropy at either alpha against no mixing."""
     cases = families(PAPER_ALPHA)
-    rows: list[list[tuple[PairedTest, str] | None]] = []
+    rows: list[list[Cell]] = []
     for group, policy, base in cases:
-        usual = name_of(policy, "ce", USUAL_ALPHA)
-        pair = (None if policy == "resizemix" else usual, base)
-        rows.append([None if name is None else (group.test(name, "none", "top1"), "top1") for name in pair])
+        usual = group.cell(name_of(policy, "ce", USUAL_ALPHA), "none", "top1") if policy != "resizemix" else None
+        rows.append([usual, group.cell(base, "none", "top1")])
     cells = columns_of_tests(rows, METRICS)
     head = ("data, model", "policy", "CE, alpha 1", "CE, alpha 0.2 (ResizeMix: its own)")
     return table(head, [(g.title, TITLES[p], *row) for (g, p, _), row in zip(cases, cells, strict=True)])
@@ -153,7 +162,7 @@ def eta_sweep() -> str:
 
 def binary() -> str:
     """DM(BCE) minus binary cross entropy on the same mixed samples."""
-    rows: list[list[tuple[PairedTest, str] | None]] = []
+    rows: list[list[Cell]] = []
     names = []
     for group in GROUPS.values():
         for policy in PAIR:
