@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardmix import __version__
+from hardmix.launcher import speaker, tell_launcher
 from hardmix.terminal import (
     console,
     many_bars,
@@ -363,8 +365,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A run or comparison fold
 
 def main() -> None:
     """Entry point: our own errors and warnings are one sentence each, anything else ends in a traceback."""
-    shown = warnings.showwarning
-    warnings.showwarning = _tell_once(shown)
+    shown, broken = warnings.showwarning, threading.excepthook
+    warnings.showwarning, threading.excepthook = _tell_once(shown), _leave_to_main(broken)
     try:
         # Ctrl-C where nothing of ours hears it, and a verb that ends early, come back as a number.
         if code := app(standalone_mode=False):
@@ -374,14 +376,18 @@ def main() -> None:
     except typer.Abort:
         raise SystemExit(130) from None
     except Exception as error:
+        if _lost_a_rank(error):
+            errors.print(f"[red]{speaker()}:[/red] another process ended, which says why.", soft_wrap=True)
+            raise SystemExit(3) from None
         code = _exit_code(error)
         if code is None:
             raise
         if message := _message(error):
-            errors.print(f"[red]hardmix:[/red] {escape(message)}", soft_wrap=True)
+            errors.print(f"[red]{speaker()}:[/red] {escape(message)}", soft_wrap=True)
+            tell_launcher(message)
         raise SystemExit(code) from None
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning, threading.excepthook = shown, broken
         if "hardmix.distributed" in sys.modules:  # a launcher's ranks; a verb that never trained has not loaded torch
             from hardmix.distributed import leave
 
@@ -398,9 +404,27 @@ def _tell_once(shown: Callable[..., None]) -> Callable[..., None]:
             shown(message, category, filename, lineno, *rest)
         elif (filename, lineno) not in told:
             told.add((filename, lineno))
-            errors.print(f"[yellow]hardmix:[/yellow] {escape(str(message))}", soft_wrap=True)
+            errors.print(f"[yellow]{speaker()}:[/yellow] {escape(str(message))}", soft_wrap=True)
 
     return tell
+
+
+def _leave_to_main(shown: Callable[..., object]) -> Callable[..., None]:
+    """What the system has against a thread that writes, such as TensorBoard's, is told by the run that waits for it."""
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            shown(failure)
+
+    return tell
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    if "hardmix.distributed" not in sys.modules:
+        return False
+    from hardmix.distributed import lost_a_rank
+
+    return lost_a_rank(error)
 
 
 def _exit_code(error: Exception) -> int | None:

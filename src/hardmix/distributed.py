@@ -24,6 +24,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is no longer there."""
+    if rank_and_size()[1] == 1 or not isinstance(error, RuntimeError):
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 def my_part(index: Tensor) -> Tensor:
     """This rank's consecutive part of `index` (N,): each entry belongs to one rank, sizes differ by at most 1."""
     rank, size = rank_and_size()
@@ -149,6 +157,15 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     together = torch.stack([value.detach().to(torch.float32) for value in values.values()])
     dist.all_reduce(together)
     return dict(zip(values, together / size, strict=True))
+
+
+def of_every_rank(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Scalars of all ranks in their order, under the same names, on every rank."""
+    _, size = rank_and_size()
+    if size == 1 or not values:
+        return {name: [value.item()] for name, value in values.items()}
+    own = torch.stack([value.detach().to("cpu", torch.float64) for value in values.values()])
+    return dict(zip(values, gather_rows(own[None]).T.tolist(), strict=True))
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hardmix.launcher import first_rank
+
 console = Console(highlight=False)
 #: wider than any table; one is only as wide as its cells
 ANY_WIDTH = 100_000
@@ -53,7 +55,7 @@ def _note(event: dict[str, Any]) -> str:
 def one_bar(name: str) -> Iterator[Any]:
     from rich.progress import Progress
 
-    with Progress(*_columns(), console=console) as bar:
+    with Progress(*_columns(), console=console, disable=not first_rank()) as bar:
         task = bar.add_task(escape(name), total=None, note="")
 
         def tell(event: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ LEVELS = [
     {"tables", "data", "models"},
     {"train"},
     {"report"},
+    {"launcher"},
     {"terminal"},
     {"cli"},
     {"__main__"},

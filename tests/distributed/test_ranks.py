@@ -16,7 +16,7 @@ import torch
 
 from hardmix.train.loop import run_recipe
 
-from ..train.conftest import tiny
+from ..train.conftest import fingerprint, tiny
 
 ROOT = Path(__file__).parents[2]
 VIT = {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch": 4}}
@@ -151,6 +151,76 @@ except Interrupted as stopped:
     out, _ = process.communicate(timeout=60)
     assert out.count("stopped at") == 2, out
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_within_an_epoch_end_with_the_same_bytes(tmp_path):
+    """Also a line of the log that the stop cuts in two, to which each rank has its part."""
+    body = f"""
+import os, signal
+from pathlib import Path
+from hardmix.train.errors import Interrupted
+from hardmix.train.loop import run_recipe
+from hardmix.train.tasks.classification import Classification
+from tests.train.conftest import tiny
+whole, cut = (Path({str(tmp_path)!r}) / name for name in ("whole", "cut"))
+recipe = tiny(train={{"log_every": 4}})
+run_recipe(recipe, whole)
+loss, steps = Classification.loss, []
+def stops(self, *rest):
+    steps.append(1)
+    if len(steps) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, *rest)
+Classification.loss = stops
+try:
+    run_recipe(recipe, cut)
+except Interrupted as stopped:
+    print(stopped)
+Classification.loss = loss
+run_recipe(recipe, cut, resume=True)
+"""
+    process = launch(tmp_path, body, wait=False)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert out.count("stopped at step 3;") == 2, out
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_the_one_that_is_heard(tmp_path):
+    body = f"""
+import os
+from hardmix.cli import main
+from hardmix.train.errors import RunError
+from hardmix.train.tasks.classification import Classification
+loss = Classification.loss
+def fails(self, *rest):
+    if os.environ["RANK"] == "1":
+        raise RunError("the loss is nan at step 1; samples: train/17.")
+    return loss(self, *rest)
+Classification.loss = fails
+sys.argv = ["hardmix", "run", "digits-cutmix-dm", "--smoke", "--out", {str(tmp_path / "run")!r}]
+main()
+"""
+    process = launch(tmp_path, body, wait=False)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "hardmix, rank 1: the loss is nan at step 1; samples: train/17." in out
+    assert "rank 0: another process ended, which says why." in out
+    assert "hardmix/cli.py" not in out, "no traceback of ours"
+    assert out.count("digits-cutmix-dm") == 1, "one bar, that of the first rank"
+    assert "the loss is nan at step 1; samples: train/17." in out.split("Root Cause")[1]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_and_says_that_a_cpu_gets_one_process(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "hardmix", "run", "digits-cutmix-dm", "--smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torchrun --nproc-per-node N -m hardmix run" in done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow

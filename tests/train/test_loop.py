@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 from hardmix.data.splits import stratified_subset
-from hardmix.train import state
+from hardmix.train import log as log_module
+from hardmix.train import loop, state
 from hardmix.train.compare import compare
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.evaluate import load_run
@@ -117,6 +120,33 @@ def test_what_a_full_disk_did_not_take_does_not_hide_the_sentence(tmp_path, monk
     monkeypatch.setattr(RunLog, "__init__", onto_a_full_disk)
     with pytest.raises(RunError, match=r"the log of step 2 could not be written \(No space left on device\)"):
         run_recipe(tiny(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("full", ["recipe", "log", "tensorboard"])
+def test_a_disk_that_is_full_from_the_start_is_told_with_the_folder(full, straight, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place = {"recipe": (loop, "write_text"), "log": (RunLog, "__init__"), "tensorboard": (log_module, "board")}[full]
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(RunError, match=r"run could not be written into \(No space left on device\); make room"):
+        run_recipe(tiny(), tmp_path / "new" / "run")
+    assert full != "recipe" or not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    run_recipe(tiny(), tmp_path / "new" / "run", resume=True)
+    assert fingerprint(tmp_path / "new" / "run") == fingerprint(straight)
+
+
+def test_a_damaged_summary_is_named_and_written_again(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    path = folder / "summary.json"
+    before = json.loads(path.read_text())
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(RunError, match=rf"{re.escape(str(path))} is damaged; delete it, and hardmix run --resume"):
+        run_recipe(tiny(), folder, resume=True)
+    path.unlink()
+    assert run_recipe(tiny(), folder, resume=True)["test"] == before["test"]
 
 
 def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):

@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hardmix.train.files import plain
 
@@ -32,7 +32,7 @@ class RunLog:
 
     def __init__(self, folder: Path, position: dict[str, int] | None = None, *, tensorboard: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = {}
+        self._files: dict[str, TextIO] = {}
         for name in ("metrics", "timing"):
             path = folder / f"{name}.jsonl"
             keep = (position or {}).get(name, 0)
@@ -41,9 +41,11 @@ class RunLog:
             self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(position or {}).get("step"))
+            try:
+                self._board = board(folder / "tensorboard", (position or {}).get("step"))
+            except OSError:
+                self.close()
+                raise
 
     def metrics(self, record: dict[str, Any]) -> None:
         """A deterministic record: kind, step, epoch and values."""
@@ -66,13 +68,21 @@ class RunLog:
         return ends
 
     def close(self) -> None:
+        # What a full disk did not take is tried once more here; the run has ended with that already.
         for file in self._files.values():
-            # What a full disk did not take is tried once more here; the run has ended with that already.
             with suppress(OSError):
                 file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         self._files[name].write(json.dumps(plain(record), allow_nan=False) + "\n")
         self._files[name].flush()
+
+
+def board(folder: Path, purge_step: int | None) -> Any:
+    """TensorBoard's writer, which hides what a resumed run writes again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hardmix import __version__
-from hardmix.distributed import average_gradients, from_first, largest, mean_over_ranks, my_part, rows_from_first
+from hardmix.distributed import (
+    average_gradients,
+    from_first,
+    largest,
+    mean_over_ranks,
+    my_part,
+    of_every_rank,
+    rows_from_first,
+)
 from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.finite import not_finite_output, not_finite_weight
@@ -130,10 +138,33 @@ def new_file(path: Path) -> Iterator[None]:
         raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
 
 
+@contextmanager
+def _begins(folder: Path) -> Iterator[None]:
+    """What the system has against the first files of a run is told with the folder's name."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder} could not be written into ({error.strerror or error}); make room or mend the permissions, then "
+            "try again."
+        ) from None
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
+    """What a finished run was measured at.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     import json
 
-    return json.loads((folder / "summary.json").read_text("utf-8"))
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise RunError(
+            f"{path} is damaged; delete it, and hardmix run --resume {folder} writes it again from the checkpoint."
+        ) from None
 
 
 def _write_report(folder: Path) -> None:
@@ -191,12 +222,14 @@ class _Run:
         # What was measured since the last line of the log; part of a checkpoint, so that resumed lines are the same.
         self.sums: dict[str, Any] = {}
         self.logged = 0
-        if accelerator.is_main_process:
-            write_text(folder / "recipe.toml", recipe.to_toml())
-            if isinstance(self.task, Classification):
-                self.task.write_files(folder)
         position = None if last is None else self._restore(last)
-        self.log = RunLog(folder, position) if accelerator.is_main_process else NoLog()
+        self.log: RunLog | NoLog = NoLog()
+        if accelerator.is_main_process:
+            with _begins(folder):
+                write_text(folder / "recipe.toml", recipe.to_toml())
+                if isinstance(self.task, Classification):
+                    self.task.write_files(folder)
+                self.log = RunLog(folder, position)
 
     def train(self, stop: Stop, progress: Progress | None) -> None:
         """Steps until the end, an evaluation and a checkpoint after each epoch."""
@@ -442,7 +475,7 @@ class _Run:
 
     def _save(self, started: float) -> None:
         self.seconds = time.perf_counter() - started
-        self.sums = mean_over_ranks(self.sums)
+        sums = of_every_rank(self.sums)
         if not self.accelerator.is_main_process:
             return
         with self._writing("the log"):
@@ -464,7 +497,7 @@ class _Run:
             "seconds": self.seconds,
             "stepping": self.stepping,
             "log": position,
-            "sums": {key: value.item() for key, value in self.sums.items()},
+            "sums": sums,
             "logged": self.logged,
         }
         keep = [] if self.best_step is None else [self.best_step]
@@ -484,9 +517,15 @@ class _Run:
                 mark_best(self.checkpoints, self.best_step, self.best)
         self.validation, self.seconds = state["validation"], state["seconds"]
         self.stepping = state.get("stepping", self.seconds)  # checkpoints of an older version hold the whole time
-        self.sums = {key: torch.tensor(value, device=self.device) for key, value in state["sums"].items()}
+        self.sums = {key: torch.tensor(self._own(value), device=self.device) for key, value in state["sums"].items()}
         self.logged = state["logged"]
         return state["log"]
+
+    def _own(self, values: list[float] | float) -> float:
+        """This process' part of what a checkpoint holds of all; their mean where they are others, or were saved so."""
+        values = values if isinstance(values, list) else [values]  # a number in checkpoints of an older version
+        several = len(values) == self.accelerator.num_processes
+        return values[self.accelerator.process_index] if several else sum(values) / len(values)
 
     def _load_weights(self, which: str | int) -> dict[str, Any]:
         saved = load_checkpoint(self.checkpoints, which)
@@ -552,6 +591,13 @@ def _accelerator(recipe: Recipe) -> Any:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     on_cpu = recipe.train.device == "cpu" or several
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
+    # Where `accelerate launch` is asked for several on a CPU it names their meeting place and starts one.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and accelerator.num_processes == 1:
+        warnings.warn(
+            "accelerate launch starts one process on a CPU, whatever its --num_processes; for several start with "
+            "torchrun --nproc-per-node N -m hardmix run ...",
+            stacklevel=2,
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate would go on in fp32
         raise RecipeError("train.precision is fp16, which a CPU does not compute in; take bf16, or a GPU.")
     return accelerator
