@@ -1,14 +1,28 @@
-"""Run every shipped recipe whose data is at hand, shortened by --smoke, in a temporary folder."""
+"""Run every shipped recipe whose data is at hand, shortened by --smoke, in a temporary folder.
+
+    python tools/smoke_recipes.py             # also compares the losses of the steps with golden_losses.json
+    python tools/smoke_recipes.py --record    # writes that file anew: after a change that is meant to change them
+
+On the kind of machine that the file was made on, the same recipe gives the same losses to 1e-6; on another one the
+file says nothing. Recipes that begin with another run, which may be older than the code, are left out of it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import os
+import platform
+import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from hardmix.data.catalog import survey
 from hardmix.data.number_sets import NUMBER_SETS, find_numbers
@@ -18,6 +32,9 @@ from hardmix.models.imagenet import find_weights
 from hardmix.models.towers import MINILM
 from hardmix.train.recipe import Recipe, load_recipe, shipped, start_recipe
 from hardmix.train.start import prepare_start
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+TOLERANCE = 1e-6
 
 
 def lacks_weights(recipe: Recipe) -> bool:
@@ -48,7 +65,69 @@ def smoke(folder: Path, name: str) -> str:
     return "" if good else done.stdout + done.stderr or "it wrote no report\n"
 
 
+def machine() -> dict[str, str]:
+    """What rounding depends on."""
+    about = {"torch": torch.__version__, "machine": platform.machine(), "simd": torch.backends.cpu.get_cpu_capability()}
+    info = Path("/proc/cpuinfo")
+    text = info.read_text("utf-8") if info.is_file() else platform.processor()
+    for key in ("model name", "cpu family", "model", "stepping", "cache size"):
+        found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
+        about[key] = found[1] if found else ""
+    return about
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    """Loss and contrast of each step of a run."""
+    found: dict[str, list[float]] = {}
+    for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "train":
+            for key in ("loss", "contrast"):
+                if key in record:
+                    found.setdefault(key, []).append(record[key])
+    return found
+
+
+def differences(known: dict[str, list[float]], now: dict[str, list[float]]) -> list[str]:
+    """Where the losses of a recipe are others than those on file."""
+    if {key: len(values) for key, values in known.items()} != {key: len(values) for key, values in now.items()}:
+        return ["other steps or other losses"]
+    return [
+        f"{key} of step {step} is {new:.9g} and was {old:.9g}"
+        for key in known
+        for step, (old, new) in enumerate(zip(known[key], now[key], strict=True), 1)
+        if not math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    ]
+
+
+def compare_losses(found: dict[str, dict[str, list[float]]], record: bool) -> int:
+    """How many recipes have other losses than those on file; with `record` the file is written instead."""
+    here = machine()
+    if record:
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(found.items()))
+        text = f'{{"machine": {json.dumps(here)},\n"losses": {{\n{lines}\n}}}}\n'
+        GOLDEN.write_text(text, encoding="utf-8")
+        return 0
+    golden = json.loads(GOLDEN.read_text("utf-8"))
+    if golden["machine"] != here:
+        sys.stdout.write("losses not compared: golden_losses.json is of another machine or torch\n")
+        return 0
+    known, changed = [name for name in found if name in golden["losses"]], 0
+    for name in known:
+        told = differences(golden["losses"][name], found[name])
+        changed += bool(told)
+        for line in told:
+            sys.stdout.write(f"LOSS  {name}: {line}\n")
+    sys.stdout.write(
+        f"{changed} of {len(known)} recipes have other losses than golden_losses.json; --record if meant\n"
+    )
+    return changed
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=f"write {GOLDEN.name} instead of comparing with it")
+    options = parser.parse_args()
     at_hand = {place.entry.name for place in survey() if place.path is not None}
     at_hand |= {name for name in NUMBER_SETS if find_numbers(name).path is not None}
     for name, pairs in PAIR_SETS.items():
@@ -62,15 +141,17 @@ def main() -> int:
             wanted.append(name)
     for name in wanted:
         prepare_start(load_recipe(name))  # once, before several of them look for it side by side
-    failed = []
+    failed, found = [], {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         for name, problem in zip(wanted, workers.map(partial(smoke, Path(folder)), wanted), strict=True):
             sys.stdout.write(f"{'FAIL' if problem else 'ok  '}  {name}\n")
             if problem:
                 failed.append(name)
                 sys.stdout.write(problem)
+            elif not load_recipe(name).tune.start:
+                found[name] = losses(Path(folder) / name)
     sys.stdout.write(f"{len(failed)} failed\n")
-    return 1 if failed else 0
+    return int(bool(compare_losses(found, options.record) or failed))
 
 
 if __name__ == "__main__":

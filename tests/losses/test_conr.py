@@ -120,6 +120,8 @@ def test_nan_stays_nan() -> None:
     z, y, p = batch(), numbers(TIED), numbers(GUESS)
     assert conr_loss(z * math.nan, y, p).isnan()
     assert conr_loss(z, y, p * math.nan).isnan()
+    for value in (math.nan, math.inf, -math.inf):
+        assert conr_loss(z, y, torch.where(torch.arange(len(p)) == 1, value, p)).isnan()
 
 
 def test_module_remembers_and_equals_the_function() -> None:

@@ -91,7 +91,7 @@ def batches(draw: st.DrawFn, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(data=st.data())
 def test_invariants(name: str, data: st.DataObject) -> None:
     policy = POLICIES[name](data.draw(st.sampled_from(["batch", "pair", "sample"])))

@@ -46,7 +46,8 @@ def conr_loss(
         Scalar; for "none" (N,), or (N, V). An anchor without a negative has nothing to be told from, one without a
         positive nothing to be drawn to: loss 0, not part of the mean, though others still meet it. No anchor with both
         (N = 1, all labels within the window, predictions that keep all far labels apart): 0, with a gradient of zeros.
-        Rows of zeros have cosine 0 with all. NaN gives NaN, in predictions too where labels are far.
+        Rows of zeros have cosine 0 with all. NaN gives NaN, in predictions too where labels are far, and so
+        does infinity.
 
     Raises:
         TypeError: integer embeddings, a setting of another kind.
@@ -138,4 +139,5 @@ def _prediction_rows(who: str, predictions: Tensor, shape: tuple[int, ...], devi
             f"{who}: predictions has shape {given} and dtype {p.dtype}; pass one number per row of embeddings, "
             f"shape {shape}."
         )
-    return p.detach().to(torch.float64).T.flatten() if p.ndim == 2 else p.detach().to(torch.float64)
+    p = p.detach().to(torch.float64).T.flatten() if p.ndim == 2 else p.detach().to(torch.float64)
+    return p.where(p.isfinite(), torch.nan)  # infinitely far from all, it would leave without a word

@@ -106,6 +106,7 @@ def supremix_loss(
     1.6094
     """
     who = "supremix_loss"
+    _check_flags(who, normalize_mixtures, detach_mixtures, mix_neg, mix_pos)
     check_options(who, window, temperature, beta, weighting, label_scale, label_tolerance, mix_pos, reduction)
     if max_mixtures is not None:
         _check.integer(who, "max_mixtures", max_mixtures, 1)
@@ -172,6 +173,7 @@ class SupReMixLoss(nn.Module):
         if isinstance(label_scale, str):
             _check.choice(who, "label_scale", label_scale, ("std",))
         scale = 1.0 if isinstance(label_scale, str) else label_scale
+        _check_flags(who, normalize_mixtures, detach_mixtures, mix_neg, mix_pos)
         check_options(who, window, temperature, beta, weighting, scale, label_tolerance, mix_pos, reduction)
         self.temperature = temperature
         self.window = window
@@ -227,6 +229,13 @@ class SupReMixLoss(nn.Module):
             reduction=self.reduction,
             generator=generator,
         )
+
+
+def _check_flags(who: str, normalize_mixtures: bool, detach_mixtures: bool, mix_neg: bool, mix_pos: bool) -> None:
+    _check.boolean(who, "normalize_mixtures", normalize_mixtures)
+    _check.boolean(who, "detach_mixtures", detach_mixtures)
+    _check.boolean(who, "mix_neg", mix_neg)
+    _check.boolean(who, "mix_pos", mix_pos)
 
 
 def check_options(

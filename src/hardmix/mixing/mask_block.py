@@ -34,7 +34,7 @@ class CrossMask(nn.Module):
         super().__init__()
         who = type(self).__name__
         channels = _check.integer(who, "channels", channels, 1)
-        self.embed_lam = bool(embed_lam)
+        self.embed_lam = _check.boolean(who, "embed_lam", embed_lam)
         self.upsample = _check.choice(who, "upsample", upsample, UPSAMPLING)
         inputs = channels + self.embed_lam
         self.query = nn.Conv2d(inputs, max(channels // 2, 1), 1)
@@ -91,7 +91,7 @@ class JointMask(nn.Module):
         super().__init__()
         who = type(self).__name__
         channels = _check.integer(who, "channels", channels, 1)
-        self.embed_lam = bool(embed_lam)
+        self.embed_lam = _check.boolean(who, "embed_lam", embed_lam)
         self.upsample = _check.choice(who, "upsample", upsample, UPSAMPLING)
         inputs, width = channels + self.embed_lam, max(channels // 2, 1)
         self.query = nn.Conv2d(inputs, width, 1)

@@ -87,7 +87,7 @@ class PuzzleMix(AskingPolicy):
         self.beta = _check.non_negative(who, "beta", beta)
         self.gamma = _check.between(who, "gamma", gamma, 0.0, 1.0)
         self.eta = _check.non_negative(who, "eta", eta)
-        self.transport = bool(transport)
+        self.transport = _check.boolean(who, "transport", transport)
         self.xi = _check.positive(who, "xi", xi)
         if isinstance(labels, bool) or labels not in (2, 3):
             raise ValueError(f"{who}: labels is {labels!r}; pass 2 or 3.")

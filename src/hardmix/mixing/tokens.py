@@ -73,7 +73,7 @@ class TokenMix(AttentionPolicy):
     ) -> None:
         super().__init__(model, alpha=alpha, layer=layer, patch=patch, per=per, pairing=pairing)
         self.mask = _check.choice("TokenMix", "mask", mask, _MASKS)
-        self.normalise = bool(normalise)
+        self.normalise = _check.boolean("TokenMix", "normalise", normalise)
         if activation is not None and not callable(activation):
             raise TypeError(
                 f"TokenMix: activation is a {type(activation).__name__}; pass a function of images and labels, or None."
