@@ -19,10 +19,10 @@ import torch
 from hardmix.metrics.statistics import PairedTest, holm, mean_interval, paired_test
 from hardmix.train.compare import compare, default_workers, plan_jobs
 from hardmix.train.errors import Interrupted
-from hardmix.train.loop import read_summary
 from hardmix.train.recipe import Recipe
 from hardmix.train.robustness import FILE as ROBUSTNESS
 from hardmix.train.robustness import robustness_of_run
+from hardmix.train.run_folder import read_summary
 from hardmix.train.tasks import TASKS
 
 #: a table of a page, between `<!-- evidence: NAME -->` and `<!-- end -->`

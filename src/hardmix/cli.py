@@ -338,8 +338,8 @@ def copy(
     """Copy a shipped recipe to a file to edit, with every default written out."""
     from hardmix.train.errors import RecipeError
     from hardmix.train.files import write_text
-    from hardmix.train.loop import new_file
     from hardmix.train.recipe import load_recipe
+    from hardmix.train.run_folder import new_file
 
     resolved = load_recipe(recipe)
     path = to or Path(f"{resolved.name}.toml")

@@ -14,8 +14,9 @@ from torch import nn
 
 from hardmix.train.errors import Interrupted, RecipeError, RunError
 from hardmix.train.evaluate import evaluate_run
-from hardmix.train.loop import read_summary, run_recipe
+from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import check_recipe, load_recipe
+from hardmix.train.run_folder import read_summary
 from hardmix.train.state import list_steps, load_checkpoint
 from hardmix.train.tasks import TASKS
 from hardmix.train.tasks.few_labels import FewLabels

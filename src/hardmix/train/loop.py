@@ -7,12 +7,10 @@ Devices, precision and processes are Accelerate's. Every random number is a func
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +29,18 @@ from hardmix.distributed import (
     of_every_rank,
     rows_from_first,
 )
-from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
+from hardmix.train.device import device_name, make_accelerator, peak_memory_mb
+from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import only_writer, write_json, write_text
 from hardmix.train.finite import not_finite_output, not_finite_weight
 from hardmix.train.log import NoLog, RunLog
 from hardmix.train.optimizer import build_optimizer
-from hardmix.train.recipe import Recipe, load_recipe
+from hardmix.train.recipe import Recipe
+from hardmix.train.run_folder import check_origin, first_files, new_folder, problem_with, read_summary
 from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
 from hardmix.train.start import prepare_start
 from hardmix.train.state import (
-    Checkpoint,
     clean_leftovers,
     flatten_optimizer,
     list_steps,
@@ -77,15 +76,15 @@ def run_recipe(
         RecipeError: fp16 on a CPU.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     first = accelerator.is_main_process
-    if problem := from_first(_problem_with(recipe, folder, resume) if first else None):
+    if problem := from_first(problem_with(recipe, folder, resume) if first else None):
         raise RunError(problem)
     # A run that has begun keeps what it started from; a captioner needs the tokenizer to be built at all.
     begun = (folder / "summary.json").is_file() or (list_steps(folder / "checkpoints") and recipe.model.name != "coca")
     if recipe.tune.start and not from_first(bool(begun)):
         prepare_start(recipe, progress)  # by all processes together, with an accelerator of its own
-        accelerator = _accelerator(recipe)
+        accelerator = make_accelerator(recipe)
     with ExitStack() as stack:
         if first:
             stack.enter_context(new_folder(folder))
@@ -107,64 +106,6 @@ def run_recipe(
             run.train(stop, progress)
         with ends_at_signal(f"stopped after the training; go on with: hardmix run --resume {folder}"):
             return run.finish()
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder. After an error what holds nothing is gone: folders inside it, itself, and new ones above it."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        inside = [Path(place) for place, _, _ in os.walk(folder, topdown=False)] if created else []
-        for path in (*inside, *created[1:]):
-            with suppress(OSError):  # one that holds something
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[None]:
-    """Create the folder of a file that is asked for. What the system has against it is told with the file's name.
-
-    Raises:
-        RecipeError: it can't be written.
-    """
-    try:
-        with new_folder(path.parent):
-            yield
-    except OSError as error:
-        raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
-
-
-@contextmanager
-def _begins(folder: Path) -> Iterator[None]:
-    """What the system has against the first files of a run is told with the folder's name."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{folder} could not be written into ({error.strerror or error}); make room or mend the permissions, then "
-            "try again."
-        ) from None
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What a finished run was measured at.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    import json
-
-    path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise RunError(
-            f"{path} is damaged; delete it, and hardmix run --resume {folder} writes it again from the checkpoint."
-        ) from None
 
 
 def _write_report(folder: Path) -> None:
@@ -225,7 +166,7 @@ class _Run:
         position = None if last is None else self._restore(last)
         self.log: RunLog | NoLog = NoLog()
         if accelerator.is_main_process:
-            with _begins(folder):
+            with first_files(folder):
                 write_text(folder / "recipe.toml", recipe.to_toml())
                 if isinstance(self.task, Classification):
                     self.task.write_files(folder)
@@ -293,9 +234,9 @@ class _Run:
                 "test": round(time.perf_counter() - started, 3),
                 "per_step": round(self.stepping / max(1, self.steps), 6),
             },
-            "memory_mb": _peak_memory_mb(self.device),
+            "memory_mb": peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
         }
         if self.accelerator.is_main_process:
             with self._writing("the summary"):
@@ -529,7 +470,7 @@ class _Run:
 
     def _load_weights(self, which: str | int) -> dict[str, Any]:
         saved = load_checkpoint(self.checkpoints, which)
-        self._check_origin(saved)
+        check_origin(saved, self.recipe, self.accelerator)
         model = self.accelerator.unwrap_model(self.model)
         match_shapes("resume", model, saved.tensors["model"])
         model.load_state_dict(saved.tensors["model"])
@@ -542,23 +483,6 @@ class _Run:
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         return saved.state
-
-    def _check_origin(self, saved: Checkpoint) -> None:
-        """A checkpoint that was copied from another run fits its shapes at best."""
-        # What only one of them says is a key that another version knows.
-        before, now = (flat(r) for r in (saved.state["recipe"], self.recipe.model_dump(mode="json", exclude_none=True)))
-        if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
-            raise CheckpointError(
-                f"checkpoint {saved.folder} is of a run with other settings ({', '.join(changed[:5])}); delete that "
-                "folder, or put the run's own back."
-            )
-        processes = saved.state.get("processes", self.accelerator.num_processes)
-        if processes != self.accelerator.num_processes and self.accelerator.is_main_process:
-            warnings.warn(
-                f"{saved.folder} was written by {processes} processes and {self.accelerator.num_processes} go on: the "
-                "run ends with other weights than an uninterrupted one.",
-                stacklevel=2,
-            )
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -573,77 +497,3 @@ class _Batches(torch.utils.data.Dataset):
         except (ValueError, RuntimeError, OSError) as error:
             # A worker would hand over its traceback as the message.
             return error
-
-
-def _accelerator(recipe: Recipe) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    # The state is shared by a process, and a process may train several recipes one after another.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
-    # A stage of a contrast leaves the head or the encoder without gradient, a map that of an encoder's last norm, which
-    # the processes would wait for.
-    some = recipe.contrast is not None or recipe.tune.probe_epochs > 0 or recipe.model.name == "coca"
-    unused = DistributedDataParallelKwargs(find_unused_parameters=some)
-    # Without a GPU, Accelerate takes several processes of a launcher for strangers unless it is told.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    on_cpu = recipe.train.device == "cpu" or several
-    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
-    # Where `accelerate launch` is asked for several on a CPU it names their meeting place and starts one.
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and accelerator.num_processes == 1:
-        warnings.warn(
-            "accelerate launch starts one process on a CPU, whatever its --num_processes; for several start with "
-            "torchrun --nproc-per-node N -m hardmix run ...",
-            stacklevel=2,
-        )
-    if precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate would go on in fp32
-        raise RecipeError("train.precision is fp16, which a CPU does not compute in; take bf16, or a GPU.")
-    return accelerator
-
-
-def _problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
-    """Why this folder can't be trained into: it has to be new, or to hold this very recipe and be resumed."""
-    before = folder / "recipe.toml"
-    if folder.exists() and not folder.is_dir():
-        return f"{folder} is a file; choose another --out."
-    if not before.is_file():
-        # A start that was killed may have left a file aside; that is not somebody's work.
-        if folder.is_dir() and any(path.name != ".recipe.toml.part" for path in folder.iterdir()):
-            return f"{folder} is not empty and holds no run; choose another --out."
-        return None
-    if not resume:
-        return f"{folder} already holds a run; pass --resume to go on with it, or another --out."
-    # Compared as resolved recipes: a key that a newer version adds with a default is no change.
-    known, wanted = (flat(r.model_dump()) for r in (load_recipe(str(before)), recipe))
-    changed = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    if changed:
-        return (
-            f"{folder} holds a run of another recipe ({', '.join(changed[:5])} differ); "
-            "choose another --out, or resume it without changes."
-        )
-    return None
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} as {"train.lr": 1}."""
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

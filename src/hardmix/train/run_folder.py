@@ -1,0 +1,120 @@
+"""The folder of a run: new, held by one process, or gone on with; what else writes files of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hardmix.train.errors import CheckpointError, RecipeError, RunError
+from hardmix.train.recipe import Recipe, load_recipe
+from hardmix.train.state import Checkpoint
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create a folder. After an error what holds nothing is gone: folders inside it, itself, and new ones above it."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        inside = [Path(place) for place, _, _ in os.walk(folder, topdown=False)] if created else []
+        for path in (*inside, *created[1:]):
+            with suppress(OSError):  # one that holds something
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Create the folder of a file that is asked for. What the system has against it is told with the file's name.
+
+    Raises:
+        RecipeError: it can't be written.
+    """
+    try:
+        with new_folder(path.parent):
+            yield
+    except OSError as error:
+        raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
+
+
+@contextmanager
+def first_files(folder: Path) -> Iterator[None]:
+    """What the system has against the first files of a run is told with the folder's name."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder} could not be written into ({error.strerror or error}); make room or mend the permissions, then "
+            "try again."
+        ) from None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a finished run was measured at.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise RunError(
+            f"{path} is damaged; delete it, and hardmix run --resume {folder} writes it again from the checkpoint."
+        ) from None
+
+
+def problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
+    """Why this folder can't be trained into: it has to be new, or to hold this very recipe and be resumed."""
+    before = folder / "recipe.toml"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file; choose another --out."
+    if not before.is_file():
+        # A start that was killed may have left a file aside; that is not somebody's work.
+        if folder.is_dir() and any(path.name != ".recipe.toml.part" for path in folder.iterdir()):
+            return f"{folder} is not empty and holds no run; choose another --out."
+        return None
+    if not resume:
+        return f"{folder} already holds a run; pass --resume to go on with it, or another --out."
+    # Compared as resolved recipes: a key that a newer version adds with a default is no change.
+    known, wanted = (flat(r.model_dump()) for r in (load_recipe(str(before)), recipe))
+    changed = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    if changed:
+        return (
+            f"{folder} holds a run of another recipe ({', '.join(changed[:5])} differ); "
+            "choose another --out, or resume it without changes."
+        )
+    return None
+
+
+def check_origin(saved: Checkpoint, recipe: Recipe, accelerator: Any) -> None:
+    """A checkpoint that was copied from another run fits its shapes at best."""
+    # What only one of them says is a key that another version knows.
+    before, now = (flat(r) for r in (saved.state["recipe"], recipe.model_dump(mode="json", exclude_none=True)))
+    if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+        raise CheckpointError(
+            f"checkpoint {saved.folder} is of a run with other settings ({', '.join(changed[:5])}); delete that "
+            "folder, or put the run's own back."
+        )
+    processes = saved.state.get("processes", accelerator.num_processes)
+    if processes != accelerator.num_processes and accelerator.is_main_process:
+        warnings.warn(
+            f"{saved.folder} was written by {processes} processes and {accelerator.num_processes} go on: the "
+            "run ends with other weights than an uninterrupted one.",
+            stacklevel=2,
+        )
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} as {"train.lr": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
