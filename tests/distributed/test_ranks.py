@@ -157,7 +157,7 @@ except Interrupted as stopped:
 def test_two_ranks_stopped_within_an_epoch_end_with_the_same_bytes(tmp_path):
     """Also a line of the log that the stop cuts in two, to which each rank has its part."""
     body = f"""
-import os, signal
+import json, os, signal
 from pathlib import Path
 from hardmix.train.errors import Interrupted
 from hardmix.train.loop import run_recipe
@@ -178,6 +178,9 @@ try:
 except Interrupted as stopped:
     print(stopped)
 Classification.loss = loss
+if os.environ["RANK"] == "0":  # which writes it
+    sums = json.loads((cut / "checkpoints/step-00000003/state.json").read_text())["sums"]
+    assert sums.keys() == {{"loss", "accuracy"}} and len(set(sums["loss"])) == 2
 run_recipe(recipe, cut, resume=True)
 """
     process = launch(tmp_path, body, wait=False)
