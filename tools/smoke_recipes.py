@@ -96,14 +96,19 @@ def differences(known: dict[str, list[float]], now: dict[str, list[float]]) -> l
         f"{key} of step {step} is {new:.9g} and was {old:.9g}"
         for key in known
         for step, (old, new) in enumerate(zip(known[key], now[key], strict=True), 1)
-        if not math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        if None in (old, new) or not math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=TOLERANCE)  # null: not finite
     ]
 
 
 def compare_losses(found: dict[str, dict[str, list[float]]], record: bool) -> int:
-    """How many recipes have other losses than those on file; with `record` the file is written instead."""
+    """How many recipes have other losses than those on file; with `record` the file is written instead.
+
+    Of the same machine the file keeps recipes that were not run now, such as those whose data is elsewhere.
+    """
     here = machine()
     if record:
+        if GOLDEN.is_file() and (before := json.loads(GOLDEN.read_text("utf-8")))["machine"] == here:
+            found = {name: values for name, values in before["losses"].items() if name in shipped()} | found
         lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(found.items()))
         text = f'{{"machine": {json.dumps(here)},\n"losses": {{\n{lines}\n}}}}\n'
         GOLDEN.write_text(text, encoding="utf-8")
@@ -118,9 +123,11 @@ def compare_losses(found: dict[str, dict[str, list[float]]], record: bool) -> in
         changed += bool(told)
         for line in told:
             sys.stdout.write(f"LOSS  {name}: {line}\n")
-    sys.stdout.write(
-        f"{changed} of {len(known)} recipes have other losses than golden_losses.json; --record if meant\n"
-    )
+    sys.stdout.write(f"{changed} of {len(known)} recipes have other losses than golden_losses.json\n")
+    if changed:
+        sys.stdout.write("if that is meant: python tools/smoke_recipes.py --record\n")
+    if new := sorted(found.keys() - golden["losses"].keys()):
+        sys.stdout.write(f"not on file: {', '.join(new)}\n")
     return changed
 
 
@@ -151,6 +158,9 @@ def main() -> int:
             elif not load_recipe(name).tune.start:
                 found[name] = losses(Path(folder) / name)
     sys.stdout.write(f"{len(failed)} failed\n")
+    if failed and options.record:
+        sys.stdout.write("nothing recorded\n")
+        return 1
     return int(bool(compare_losses(found, options.record) or failed))
 
 

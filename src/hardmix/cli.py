@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardmix import __version__
-from hardmix.launcher import speaker, tell_launcher
+from hardmix.launcher import speaker, step_back, tell_launcher
 from hardmix.terminal import (
     console,
     many_bars,
@@ -337,9 +337,8 @@ def copy(
 ) -> None:
     """Copy a shipped recipe to a file to edit, with every default written out."""
     from hardmix.train.errors import RecipeError
-    from hardmix.train.files import write_text
+    from hardmix.train.files import new_file, write_text
     from hardmix.train.recipe import load_recipe
-    from hardmix.train.run_folder import new_file
 
     resolved = load_recipe(recipe)
     path = to or Path(f"{resolved.name}.toml")
@@ -371,13 +370,15 @@ def main() -> None:
         # Ctrl-C where nothing of ours hears it, and a verb that ends early, come back as a number.
         if code := app(standalone_mode=False):
             if code == 130:
-                errors.print("[red]hardmix:[/red] stopped.")
+                errors.print(f"[red]{speaker()}:[/red] stopped.")
             raise SystemExit(code)
     except typer.Abort:
         raise SystemExit(130) from None
     except Exception as error:
         if _lost_a_rank(error):
-            errors.print(f"[red]{speaker()}:[/red] another process ended, which says why.", soft_wrap=True)
+            told = str(error).splitlines()[0]
+            errors.print(f"[red]{speaker()}:[/red] another process ended ({escape(told)}).", soft_wrap=True)
+            step_back()
             raise SystemExit(3) from None
         code = _exit_code(error)
         if code is None:
@@ -410,10 +411,11 @@ def _tell_once(shown: Callable[..., None]) -> Callable[..., None]:
 
 
 def _leave_to_main(shown: Callable[..., object]) -> Callable[..., None]:
-    """What the system has against a thread that writes, such as TensorBoard's, is told by the run that waits for it."""
+    """What the system has against TensorBoard's thread is told by the run, which asks for it at its next line."""
 
     def tell(failure: threading.ExceptHookArgs) -> None:
-        if not issubclass(failure.exc_type, OSError):
+        writes = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (writes and issubclass(failure.exc_type, OSError)):
             shown(failure)
 
     return tell

@@ -1,4 +1,4 @@
-"""The one place that knows about ranks. Without a process group everything here is the identity."""
+"""The one place where ranks exchange values. Without a process group everything here is the identity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+#: what gloo and NCCL say of a process that has gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -25,11 +28,10 @@ def leave() -> None:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is no longer there."""
-    if rank_and_size()[1] == 1 or not isinstance(error, RuntimeError):
+    """Whether an exchange failed because another process is no longer there, not for a mistake or a long wait."""
+    if rank_and_size()[1] == 1 or not (type(error) is RuntimeError or isinstance(error, dist.DistError)):
         return False
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return any(words in str(error) for words in _LOST)
 
 
 def my_part(index: Tensor) -> Tensor:

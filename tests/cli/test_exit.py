@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+import time
 
 import pytest
 
-from hardmix import cli
+from hardmix import cli, launcher
 
 
 def test_ctrl_c_outside_the_steps_is_told_and_is_no_success(monkeypatch, capsys, tmp_path) -> None:
@@ -30,13 +32,19 @@ def test_help_and_version_are_a_success(monkeypatch, capsys) -> None:
     assert "hardmix" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("error", "told"), [(OSError(28, "No space left on device"), False), (KeyError("x"), True)])
-def test_a_thread_that_could_not_write_leaves_the_telling_to_the_run(error, told, monkeypatch, capsys) -> None:
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "module", "told"),
+    [(FULL, "tensorboard.writer", False), (KeyError("x"), "tensorboard.writer", True), (FULL, "other", True)],
+)
+def test_a_thread_that_could_not_write_leaves_the_telling_to_the_run(error, module, told, monkeypatch, capsys) -> None:
     def fail(*args: object, **options: object) -> None:
         def raises() -> None:
             raise error
 
-        thread = threading.Thread(target=raises)
+        thread = type("Writer", (threading.Thread,), {"__module__": module})(target=raises)
         thread.start()
         thread.join()
         raise ValueError("ours.")
@@ -50,3 +58,22 @@ def test_a_thread_that_could_not_write_leaves_the_telling_to_the_run(error, told
     assert "hardmix: ours." in shown
     assert ("Traceback" in shown) == told
     assert threading.excepthook is threading.__excepthook__
+
+
+def test_a_launcher_gets_the_sentence_unless_its_disk_is_full(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "error.json"
+    for path in (file, tmp_path / "missing" / "error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+        launcher.tell_launcher("it is broken.")
+    known = json.loads(file.read_text())["message"]
+    assert known["message"] == "it is broken."
+    assert abs(int(known["extraInfo"]["timestamp"]) - time.time()) < 60
+
+
+def test_each_of_several_processes_says_who_it_is(monkeypatch) -> None:
+    assert launcher.speaker() == "hardmix"
+    assert launcher.first_rank()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert launcher.speaker() == "hardmix, rank 1"
+    assert not launcher.first_rank()

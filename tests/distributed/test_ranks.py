@@ -210,7 +210,7 @@ main()
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "hardmix, rank 1: the loss is nan at step 1; samples: train/17." in out
-    assert "rank 0: another process ended, which says why." in out
+    assert "rank 0: another process ended (" in out
     assert "hardmix/cli.py" not in out, "no traceback of ours"
     assert out.count("digits-cutmix-dm") == 1, "one bar, that of the first rank"
     assert "the loss is nan at step 1; samples: train/17." in out.split("Root Cause")[1]

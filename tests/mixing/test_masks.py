@@ -228,6 +228,7 @@ class TestFMix:
 def test_masks_made_in_pieces_are_those_of_the_whole_batch(spectrum: str, monkeypatch: pytest.MonkeyPatch) -> None:
     size, keep = (24, 40), torch.arange(0, 961, 120)
     whole = largest(low_frequency_field(9, size, 3.0, spectrum, rng(8)).flatten(1), keep)
+    monkeypatch.setattr(fields, "_THREADS", (1, 1))
     for pixels in (1, 2000, 10**6):
         monkeypatch.setattr(fields, "_PIECE", pixels)
         mask = low_frequency_mask(keep, size, 3.0, spectrum, rng(8))

@@ -129,12 +129,31 @@ def test_a_disk_that_is_full_from_the_start_is_told_with_the_folder(full, straig
 
     place = {"recipe": (loop, "write_text"), "log": (RunLog, "__init__"), "tensorboard": (log_module, "board")}[full]
     monkeypatch.setattr(*place, fail)
-    with pytest.raises(RunError, match=r"run could not be written into \(No space left on device\); make room"):
-        run_recipe(tiny(), tmp_path / "new" / "run")
-    assert full != "recipe" or not (tmp_path / "new").exists()
+    folder = tmp_path / "new" / "run"
+    with pytest.raises(RunError, match=r"run could not be written into \(No space left on device\); make room") as told:
+        run_recipe(tiny(), folder)
+    begun = full != "recipe"
+    assert (tmp_path / "new").exists() == begun
+    assert str(told.value).endswith(f"hardmix run --resume {folder}" if begun else "start it again.")
     monkeypatch.undo()
-    run_recipe(tiny(), tmp_path / "new" / "run", resume=True)
-    assert fingerprint(tmp_path / "new" / "run") == fingerprint(straight)
+    run_recipe(tiny(), folder, resume=begun)
+    assert fingerprint(folder) == fingerprint(straight)
+
+
+@pytest.mark.parametrize("place", ["mark_best", "clean_leftovers"])
+def test_a_disk_that_is_still_full_is_told_with_the_folder(place, straight, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(loop, place, fail)
+    with pytest.raises(RunError, match=r"run could not be written into \(No space left on device\)"):
+        run_recipe(tiny(), folder, resume=True)
+    monkeypatch.undo()
+    run_recipe(tiny(), folder, resume=True)
+    assert fingerprint(folder) == fingerprint(straight)
 
 
 def test_a_damaged_summary_is_named_and_written_again(straight, tmp_path):

@@ -123,9 +123,9 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
             made[f"cifar10-{samples}-small-bce"] = group("cifar10", samples, resnet, binary_methods(), cnn)
             made[f"cifar10-{samples}-vit"] = group("cifar10", samples, vit, pair, vit_train)
         # the difference that the loss makes, at the length of the paper and on all images
-        loss = NONE | methods(("mixup",), PAPER_ETAS[:1], (PAPER_ALPHA,))
+        with_and_without = NONE | methods(("mixup",), PAPER_ETAS[:1], (PAPER_ALPHA,))
         for samples in (5000, 50000):
-            made[f"cifar10-{samples}-long"] = group("cifar10", samples, large, loss, long)
+            made[f"cifar10-{samples}-long"] = group("cifar10", samples, large, with_and_without, long)
     return made
 
 

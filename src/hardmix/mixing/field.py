@@ -17,6 +17,8 @@ _NEGLIGIBLE = 1.2e-5
 _LONG_ROW = 512
 #: Pixels for each thread whose field is there at a time: few enough to keep their memory, enough to be worth sharing.
 _PIECE = 1 << 20
+#: As many threads are counted at least and at most. One thread alone takes the pieces of two.
+_THREADS = (2, 16)
 
 
 def low_frequency_mask(
@@ -26,8 +28,9 @@ def low_frequency_mask(
     rows, pixels = keep.shape[0], math.prod(size)
     weights, waves = _draw_weights(rows, size, decay, spectrum, generator)
     # In pieces: a field of the whole batch leaves the cache, and its pages are taken from the system each time. Not in
-    # many: each is some dozen operations at whose ends all threads meet.
-    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE * max(2, torch.get_num_threads()) // pixels)
+    # many: each is some dozen operations at whose ends all threads meet. The last bit of a field depends on the piece.
+    threads = min(max(torch.get_num_threads(), _THREADS[0]), _THREADS[1])
+    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE * threads // pixels)
     masks = [
         largest(_sum_waves(part, waves).flatten(1), kept)
         for part, kept in zip(weights.split(piece), keep.split(piece), strict=True)

@@ -140,11 +140,13 @@ class SelfTuning(SemiAlgorithm):
         self.pairs = check_pairs(who, pairs)
         device, dtype = layer.weight.device, wide(layer.weight.dtype)
         # Drawn on the CPU, wherever the model is: the same seed starts the same run on every device.
-        self.projector = nn.Linear(layer.in_features, dim, dtype=dtype).to(device)
+        self.projector = nn.Linear(layer.in_features, dim, device="cpu", dtype=dtype).to(device)
         self.key_model = copy.deepcopy(model).requires_grad_(False).train()
         self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
         #: (C, K, L) the last keys of each class, and (C,) where the next one goes
-        self.register_buffer("queue", unit(torch.randn(layer.out_features, queue, dim, dtype=dtype)).to(device))
+        self.register_buffer(
+            "queue", unit(torch.randn(layer.out_features, queue, dim, device="cpu", dtype=dtype)).to(device)
+        )
         self.register_buffer("place", torch.zeros(layer.out_features, dtype=torch.long, device=device))
 
     def extra_repr(self) -> str:

@@ -20,10 +20,10 @@ import torch
 
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
 from hardmix.train.errors import Interrupted, RecipeError, RunError
-from hardmix.train.files import write_json
+from hardmix.train.files import new_folder, write_json
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
-from hardmix.train.run_folder import new_folder, read_summary
+from hardmix.train.run_folder import read_summary
 from hardmix.train.start import prepare_start
 from hardmix.train.stop import follow_parent
 from hardmix.train.tasks import TASKS

@@ -30,11 +30,12 @@ def make_accelerator(recipe: Recipe) -> Any:
     on_cpu = recipe.train.device == "cpu" or several
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu or None, kwargs_handlers=[unused])
     # Where `accelerate launch` is asked for several on a CPU it names their meeting place and starts one.
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and accelerator.num_processes == 1:
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+    if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         warnings.warn(
             "accelerate launch starts one process on a CPU, whatever its --num_processes; for several start with "
             "torchrun --nproc-per-node N -m hardmix run ...",
-            stacklevel=2,
+            stacklevel=1,  # one place, however many accelerators a run makes
         )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate would go on in fp32
         raise RecipeError("train.precision is fp16, which a CPU does not compute in; take bf16, or a GPU.")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hardmix._files import sync_folder as sync_folder
 from hardmix._files import write_bytes as write_bytes
 from hardmix._files import write_text as write_text
+from hardmix.train.errors import RecipeError
 
 #: folders that this process holds
 _held: set[int] = set()
@@ -52,6 +53,35 @@ def only_writer(folder: Path) -> Iterator[bool]:
         if handle in _held:  # not in a forked child
             _held.remove(handle)
             os.close(handle)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create a folder. After an error what holds nothing is gone: folders inside it, itself, and new ones above it."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        inside = [Path(place) for place, _, _ in os.walk(folder, topdown=False)] if created else []
+        for path in (*inside, *created[1:]):
+            with suppress(OSError):  # one that holds something
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Create the folder of a file that is asked for. What the system has against it is told with the file's name.
+
+    Raises:
+        RecipeError: it can't be written.
+    """
+    try:
+        with new_folder(path.parent):
+            yield
+    except OSError as error:
+        raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -61,6 +61,8 @@ class RunLog:
     def position(self, step: int) -> dict[str, int]:
         """Where the files end now, flushed to the disk."""
         ends = {"step": step}
+        if self._board is not None:
+            self._board.flush()
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())

@@ -31,12 +31,12 @@ from hardmix.distributed import (
 )
 from hardmix.train.device import device_name, make_accelerator, peak_memory_mb
 from hardmix.train.errors import Interrupted, RunError
-from hardmix.train.files import only_writer, write_json, write_text
+from hardmix.train.files import new_folder, only_writer, write_json, write_text
 from hardmix.train.finite import not_finite_output, not_finite_weight
 from hardmix.train.log import NoLog, RunLog
 from hardmix.train.optimizer import build_optimizer
 from hardmix.train.recipe import Recipe
-from hardmix.train.run_folder import check_origin, first_files, new_folder, problem_with, read_summary
+from hardmix.train.run_folder import check_origin, first_files, problem_with, read_summary
 from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
 from hardmix.train.start import prepare_start
@@ -72,7 +72,8 @@ def run_recipe(
         progress: told about the run a few times a second.
 
     Raises:
-        RunError: the folder holds another run, another process trains into it, or the loss is not finite.
+        RunError: the folder holds another run, another process trains into it, it can't be written into, its summary is
+            damaged, or the loss is not finite.
         RecipeError: fp16 on a CPU.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
@@ -87,12 +88,14 @@ def run_recipe(
         accelerator = make_accelerator(recipe)
     with ExitStack() as stack:
         if first:
-            stack.enter_context(new_folder(folder))
+            with first_files(folder):
+                stack.enter_context(new_folder(folder))
         if not from_first(stack.enter_context(only_writer(folder)) if first else None):
             raise RunError(f"another process trains into {folder}; wait for it, or choose another --out.")
         if first:
-            clean_leftovers(folder)
-            clean_leftovers(folder / "checkpoints")
+            with first_files(folder):
+                clean_leftovers(folder)
+                clean_leftovers(folder / "checkpoints")
         accelerator.wait_for_everyone()
         if (folder / "summary.json").is_file():
             if first and not (folder / "report.html").is_file():
@@ -168,6 +171,9 @@ class _Run:
         if accelerator.is_main_process:
             with first_files(folder):
                 write_text(folder / "recipe.toml", recipe.to_toml())
+                # Killed between the checkpoint and the note which one is best: the checkpoint knows.
+                if self.best_step is not None:
+                    mark_best(self.checkpoints, self.best_step, self.best)
                 if isinstance(self.task, Classification):
                     self.task.write_files(folder)
                 self.log = RunLog(folder, position)
@@ -453,9 +459,6 @@ class _Run:
         self.step = state["step"]
         if state["best"] is not None:
             self.best, self.best_step = state["best"]["score"], state["best"]["step"]
-            # Killed between the checkpoint and the note which one is best: the checkpoint knows.
-            if self.accelerator.is_main_process:
-                mark_best(self.checkpoints, self.best_step, self.best)
         self.validation, self.seconds = state["validation"], state["seconds"]
         self.stepping = state.get("stepping", self.seconds)  # checkpoints of an older version hold the whole time
         self.sums = {key: torch.tensor(self._own(value), device=self.device) for key, value in state["sums"].items()}

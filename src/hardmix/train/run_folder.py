@@ -1,47 +1,17 @@
-"""The folder of a run: new, held by one process, or gone on with; what else writes files of its own."""
+"""The folder of a run: whether it may be trained into, its first files, its summary, whose its checkpoints are."""
 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hardmix.train.errors import CheckpointError, RecipeError, RunError
+from hardmix.train.errors import CheckpointError, RunError
 from hardmix.train.recipe import Recipe, load_recipe
 from hardmix.train.state import Checkpoint
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder. After an error what holds nothing is gone: folders inside it, itself, and new ones above it."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        inside = [Path(place) for place, _, _ in os.walk(folder, topdown=False)] if created else []
-        for path in (*inside, *created[1:]):
-            with suppress(OSError):  # one that holds something
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[None]:
-    """Create the folder of a file that is asked for. What the system has against it is told with the file's name.
-
-    Raises:
-        RecipeError: it can't be written.
-    """
-    try:
-        with new_folder(path.parent):
-            yield
-    except OSError as error:
-        raise RecipeError(f"{path} can't be written ({error.strerror or error}); name another file.") from None
 
 
 @contextmanager
@@ -50,9 +20,11 @@ def first_files(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        begun = (folder / "recipe.toml").is_file()
+        again = f"go on with: hardmix run --resume {folder}" if begun else "start it again."
         raise RunError(
             f"{folder} could not be written into ({error.strerror or error}); make room or mend the permissions, then "
-            "try again."
+            f"{again}"
         ) from None
 
 

@@ -17,9 +17,8 @@ from hardmix.models.build import build_model
 from hardmix.tables import NEEDS_ATTENTION, POLICIES, REGRESSION_POLICIES, WRAPPERS
 from hardmix.train.components import Component, build_policy, policy_names
 from hardmix.train.evaluate import load_run
-from hardmix.train.files import write_bytes
+from hardmix.train.files import new_file, write_bytes
 from hardmix.train.recipe import parse_options
-from hardmix.train.run_folder import new_file
 from hardmix.train.seeds import generator
 from hardmix.train.tasks.classification import Classification
 
