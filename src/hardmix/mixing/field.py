@@ -29,8 +29,9 @@ def low_frequency_mask(
     weights, waves = _draw_weights(rows, size, decay, spectrum, generator)
     # In pieces: a field of the whole batch leaves the cache, and its pages are taken from the system each time. Not in
     # many: each is some dozen operations at whose ends all threads meet. The last bit of a field depends on the piece.
-    threads = min(max(torch.get_num_threads(), _THREADS[0]), _THREADS[1])
-    piece = rows if torch.compiler.is_compiling() else max(1, _PIECE * threads // pixels)
+    piece = rows
+    if not torch.compiler.is_compiling():
+        piece = max(1, _PIECE * min(max(torch.get_num_threads(), _THREADS[0]), _THREADS[1]) // pixels)
     masks = [
         largest(_sum_waves(part, waves).flatten(1), kept)
         for part, kept in zip(weights.split(piece), keep.split(piece), strict=True)
