@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from hardmix import _check
 from hardmix.data.views import MOVES, Grid
-from hardmix.mixing.draw import cpu_generator, normal, uniform
+from hardmix.mixing.draw import cpu_generator, move, normal, uniform
 
 #: standard deviation of the noise of "jitter", as a share of the channel's own
 JITTER = 0.1
@@ -21,14 +21,14 @@ MASK_SHARE = 0.25
 
 def _jitter(x: Tensor, generator: Generator | None) -> Tensor:
     """Add normal noise, a tenth of the channel's standard deviation in that sample; a constant channel stays."""
-    noise = normal(tuple(x.shape), generator).to(x.device)
+    noise = move(normal(tuple(x.shape), generator), x.device)
     std = x.float().std(2, correction=0, keepdim=True)
     return noise.mul_(JITTER * std).add_(x).to(x.dtype)
 
 
 def _scale(x: Tensor, generator: Generator | None) -> Tensor:
     """Stretch every channel about its mean, whatever unit and zero it has."""
-    factor = uniform(1.0 - SCALE, 1.0 + SCALE, (*x.shape[:2], 1), generator).to(x.device)
+    factor = move(uniform(1.0 - SCALE, 1.0 + SCALE, (*x.shape[:2], 1), generator), x.device)
     mean = x.mean(2, dtype=torch.float32, keepdim=True)
     return (x - mean).mul_(factor).add_(mean).to(x.dtype)
 
@@ -47,7 +47,7 @@ def _mask(x: Tensor, generator: Generator | None) -> Tensor:
     span = torch.randint(1, most + 1, (n, 1), generator=generator)
     start = (torch.rand(n, 1, generator=generator) * (length - span + 1)).long()
     at = torch.arange(length)
-    inside = ((at >= start) & (at < start + span))[:, None].to(x.device)  # (N, 1, L)
+    inside = move(((at >= start) & (at < start + span))[:, None], x.device)  # (N, 1, L)
     return torch.where(inside, x.mean(2, dtype=torch.float32, keepdim=True).to(x.dtype), x)
 
 

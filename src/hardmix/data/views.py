@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix.data.strong_views import cutout, luma_weights, randaugment
 from hardmix.kernels.blend import box_mask
-from hardmix.mixing.draw import cpu_generator, uniform
+from hardmix.mixing.draw import cpu_generator, move, uniform
 
 #: "crop" pads each side by the length divided by this (4 pixels of 32) and cuts the original size out
 CROP_PADDING_SHARE = 8
@@ -44,7 +44,7 @@ class Grid:
             # one zero row and column at the end, which is where -1 points
             x = F.pad(x, (0, 1, 0, 1))
         n, channels, height, width = x.shape
-        rows, cols = (self.rows % height).to(x.device), (self.cols % width).to(x.device)
+        rows, cols = move(self.rows % height, x.device), move(self.cols % width, x.device)
         index = (rows[:, :, None] * width + cols[:, None, :]).view(n, 1, -1)
         out = x.reshape(n, channels, -1).gather(2, index.expand(n, channels, -1))
         return out.view(n, channels, rows.shape[1], cols.shape[1])
@@ -86,7 +86,7 @@ def _resized_crop(x: Tensor, generator: Generator | None) -> Tensor:
     # shares of the width and the height; a box that would stick out is cut
     share = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1.0)  # (N, 2)
     centre = (1.0 - share) * (2.0 * torch.rand(n, 2, generator=generator) - 1.0)  # in -1..1, the box inside
-    theta = torch.cat([torch.diag_embed(share), centre[:, :, None]], 2).to(x.device)  # (N, 2, 3)
+    theta = move(torch.cat([torch.diag_embed(share), centre[:, :, None]], 2), x.device)  # (N, 2, 3)
     places = F.affine_grid(theta, list(x.shape), align_corners=False)
     out = F.grid_sample(x.to(torch.float32), places, padding_mode="border", align_corners=False)
     return _like(out, x)
@@ -96,7 +96,7 @@ def _color(x: Tensor, generator: Generator | None) -> Tensor:
     """Brightness, then contrast around the mean luma, then saturation (three channels only)."""
     n, channels, height, width = x.shape
     top = 1.0 if x.is_floating_point() else 255.0
-    factor = uniform(1.0 - COLOR_STRENGTH, 1.0 + COLOR_STRENGTH, (3, n, 1, 1, 1), generator).to(x.device)
+    factor = move(uniform(1.0 - COLOR_STRENGTH, 1.0 + COLOR_STRENGTH, (3, n, 1, 1, 1), generator), x.device)
     weight = luma_weights(channels, x.device)
     # in place from here on: the batch is the only large allocation
     out = x.to(torch.float32, copy=True).mul_(factor[0]).clamp_(0.0, top)
@@ -118,7 +118,7 @@ def _erase(x: Tensor, generator: Generator | None) -> Tensor:
     side = torch.minimum(side.clamp(min=1), lengths)
     side[torch.rand(n, generator=generator) >= ERASE_CHANCE] = 0
     start = (torch.rand(n, 2, generator=generator) * (lengths - side + 1)).long()
-    outside = box_mask(torch.stack([start, start + side], 2).to(x.device), (height, width)) > 0
+    outside = box_mask(move(torch.stack([start, start + side], 2), x.device), (height, width)) > 0
     fill = _like(x.mean((2, 3), dtype=torch.float32, keepdim=True), x)
     return torch.where(outside, x, fill)
 
