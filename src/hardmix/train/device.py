@@ -1,16 +1,24 @@
-"""Where a run computes: what Accelerate is asked for, and what is told of the device."""
+"""Where and how a run computes: what Accelerate and the compiler are asked for, and what is told of the device."""
 
 from __future__ import annotations
 
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from hardmix.train.errors import RecipeError
+from hardmix.train.errors import RecipeError, RunError
 from hardmix.train.recipe import Recipe
+
+#: of torch.compile. Small batches wait for the host, whose launches one CUDA graph replaces; a CPU has none.
+MODE = "reduce-overhead"
+#: the first compiles, the next two make the graph
+COMPILING_STEPS = 3
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -40,6 +48,34 @@ def make_accelerator(recipe: Recipe) -> Any:
     if precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate would go on in fp32
         raise RecipeError("train.precision is fp16, which a CPU does not compute in; take bf16, or a GPU.")
     return accelerator
+
+
+def compiled(model: nn.Module, objective: nn.Module) -> nn.Module:
+    """The model to train through, compiled when it is first called; its weights are those of `model`, itself unchanged.
+
+    The objective is compiled in its place.
+    """
+    objective.compile(mode=MODE)
+    return torch.compile(model, mode=MODE)  # type: ignore[return-value]
+
+
+@contextmanager
+def compiling(recipe: Recipe) -> Iterator[None]:
+    """Around what may be compiled: a compiler that is missing or gives up is told in a sentence."""
+    if not recipe.train.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        # The first line says who raised, the next one what.
+        reason = " ".join(str(error).split("\n")[:2]).strip().rstrip(".:")
+        raise RunError(
+            f"torch.compile failed ({reason}); it needs a C++ compiler, and Triton on a GPU: install what is missing, "
+            "or leave train.compile out."
+        ) from None
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -29,7 +29,7 @@ from hardmix.distributed import (
     of_every_rank,
     rows_from_first,
 )
-from hardmix.train.device import device_name, make_accelerator, peak_memory_mb
+from hardmix.train.device import COMPILING_STEPS, compiled, compiling, device_name, make_accelerator, peak_memory_mb
 from hardmix.train.errors import Interrupted, RunError
 from hardmix.train.files import new_folder, only_writer, write_json, write_text
 from hardmix.train.finite import not_finite_output, not_finite_weight
@@ -138,6 +138,8 @@ class _Run:
             self.task.model.to(memory_format=self.task.layout)  # type: ignore[call-overload]
         optimizer = build_optimizer(self.task.model, recipe, *self._beside())
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
+        #: what steps go through; what is measured and saved is the model itself, so a checkpoint fits both
+        self.stepped = compiled(self.model, self.task.objective) if recipe.train.compile else self.model
         self.extra = self.task.modules()
         self.ema: AveragedModel | None = None
         if recipe.train.ema:
@@ -161,6 +163,8 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         #: of it, what steps took, reading their samples included: not evaluations, checkpoints and logs
         self.stepping = 0.0
+        #: how many steps that were; those in which a process compiles are not counted
+        self.timed = 0
         self.best, self.best_step = -math.inf, None  # type: float, int | None
         self.validation: dict[str, float] = {}
         # What was measured since the last line of the log; part of a checkpoint, so that resumed lines are the same.
@@ -183,11 +187,14 @@ class _Run:
         started = time.perf_counter() - self.seconds
         told, rate = 0.0, 0.0
         first, since = self.step, time.perf_counter()
+        counted_from = first + COMPILING_STEPS * self.recipe.train.compile
         asked = time.perf_counter()
         for step, index, raw in self._batches():
             values = self._one_step(step, index, raw)
             self.step = step + 1
-            self.stepping += time.perf_counter() - asked
+            if step >= counted_from:
+                self.stepping += time.perf_counter() - asked
+                self.timed += 1
             self.sums = {key: self.sums.get(key, 0.0) + value for key, value in values.items()}
             now = time.perf_counter()
             # A stage has its own losses, so no line of the log is about two.
@@ -238,7 +245,7 @@ class _Run:
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
-                "per_step": round(self.stepping / max(1, self.steps), 6),
+                "per_step": round(self.stepping / max(1, self.timed), 6),
             },
             "memory_mb": peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -295,11 +302,11 @@ class _Run:
             # Processes average their gradients: with this weight the average is the mean over the global batch.
             share = len(batch[0]) * self.accelerator.num_processes / self.batch_size
             draws = generator(self.recipe.seed, "mix", step, rank, part)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), compiling(self.recipe):
                 if whole is not None:
                     loss, values = whole.loss_in_parts(self.model, batch, draws, parts, partial(self._scaled, share))
                 else:
-                    loss, values = self.task.loss(self.model, batch, draws)
+                    loss, values = self.task.loss(self.stepped, batch, draws)
             if not math.isfinite(loss.item()):
                 draws = generator(self.recipe.seed, "mix", step, rank, part)
                 again = partial(self.task.loss, self.model, batch, draws)
@@ -443,6 +450,7 @@ class _Run:
             "validation": self.validation,
             "seconds": self.seconds,
             "stepping": self.stepping,
+            "timed": self.timed,
             "log": position,
             "sums": sums,
             "logged": self.logged,
@@ -461,6 +469,7 @@ class _Run:
             self.best, self.best_step = state["best"]["score"], state["best"]["step"]
         self.validation, self.seconds = state["validation"], state["seconds"]
         self.stepping = state.get("stepping", self.seconds)  # checkpoints of an older version hold the whole time
+        self.timed = state.get("timed", self.step)
         self.sums = {key: torch.tensor(self._own(value), device=self.device) for key, value in state["sums"].items()}
         self.logged = state["logged"]
         return state["log"]

@@ -190,8 +190,21 @@ class Recipe(Section):
             )
         if self.eval.probe and self.task != "classification":
             yield "eval.probe is for classification recipes; leave it out"
+        if self.train.compile:
+            yield from self._misfits_of_compiling()
         if self.data.name not in PAIR_SETS:
             yield from self._misfits_of_images_and_numbers()
+
+    def _misfits_of_compiling(self) -> Iterator[str]:
+        if self.task != "classification":
+            yield "train.compile is for classification recipes; leave it out"
+            return
+        for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
+            if name in tables.NEEDS_MODEL:
+                yield f'train.compile does not go with policy "{name}", which looks into the model; leave one out'
+        if self.train.accumulate > 1:
+            # A part's gradients would lie in the memory that the next part's graph writes.
+            yield f"train.compile takes whole batches, but train.accumulate is {self.train.accumulate}; set it to 1"
 
     def _misfits_of_images_and_numbers(self) -> Iterator[str]:
         numbers, few = self.data.name in NUMBER_SETS, self.task == "few-labels"
