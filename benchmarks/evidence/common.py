@@ -246,7 +246,9 @@ def difference(test: PairedTest, measure: Measure, p: float | None) -> str:
     """The mean difference with its interval; bold where chance is unlikely even among so many tests."""
     _, factor, digits = measure
     text = f"{factor * test.difference:+.{digits}f}"
-    if test.low is not None and test.high is not None:
+    if test.low is None or test.high is None:
+        text += " (one seed)"
+    else:
         text += f" [{factor * test.low:+.{digits}f}, {factor * test.high:+.{digits}f}]"
     return f"**{text}**" if p is not None and p < 0.05 else text
 

@@ -28,6 +28,8 @@ VIT = {**CNN, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip_norm
 GPU = {**CNN, "epochs": 100, "batch_size": 100, "warmup_epochs": 5, "precision": "bf16", "checkpoint_every": 50}
 #: as long as the paper's shortest runs
 LONG = {**GPU, "epochs": 200}
+#: all images: large batches, since with small ones the card waits for the host
+LARGE = {**LONG, "batch_size": 500, "lr": 0.4, "compile": True, "log_every": 100}
 
 Methods = dict[str, dict[str, Any]]
 
@@ -96,8 +98,9 @@ def group(data: str, samples: int, model: str, chosen: Methods, train: dict[str,
 
 
 def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
-    """Comparison -> recipes; the first recipe of each is the one without mixing. `epochs` replaces those of all."""
-    cnn, vit_train, gpu, long = ({**train, "epochs": epochs or train["epochs"]} for train in (CNN, VIT, GPU, LONG))
+    """Comparison -> recipes, that without mixing first where it is run. `epochs` replaces those of all."""
+    settings = (CNN, VIT, GPU, LONG, LARGE)
+    cnn, vit_train, gpu, long, whole = ({**train, "epochs": epochs or train["epochs"]} for train in settings)
     resnet, vit, large = "small-resnet", "tiny-vit", "resnet18"
     pair, everything = NONE | methods(PAIR), NONE | methods(PAIR + REST)
     sweep = with_etas("mixup", MORE_ETAS) | with_etas("cutmix", MORE_ETAS)
@@ -123,9 +126,9 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
             made[f"cifar10-{samples}-small-bce"] = group("cifar10", samples, resnet, binary_methods(), cnn)
             made[f"cifar10-{samples}-vit"] = group("cifar10", samples, vit, pair, vit_train)
         # the difference that the loss makes, at the length of the paper and on all images
-        with_and_without = NONE | methods(("mixup",), PAPER_ETAS[:1], (PAPER_ALPHA,))
-        for samples in (5000, 50000):
-            made[f"cifar10-{samples}-long"] = group("cifar10", samples, large, with_and_without, long)
+        with_and_without = methods(("mixup",), PAPER_ETAS[:1], (PAPER_ALPHA,))
+        made["cifar10-5000-long"] = group("cifar10", 5000, large, NONE | with_and_without, long)
+        made["cifar10-50000-long"] = group("cifar10", 50000, large, with_and_without, whole)
     return made
 
 

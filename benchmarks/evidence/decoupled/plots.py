@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import GROUPS, METRICS, TITLES, Group, eta_rows, families, name_of, own_kind
 
-from hardmix.metrics.statistics import mean_interval
+from hardmix.metrics.statistics import PairedTest, mean_interval
 from hardmix.report.plots import COLORS, INK, MARKERS, MUTED, RC
 
 
@@ -36,7 +36,7 @@ def effects() -> Figure:
         for number, eta in enumerate(PAPER_ETAS):
             cells = [g.cell(name_of(p, f"dm{eta:g}", PAPER_ALPHA), base, metric(p)) for g, p, base in cases]
             shown = [(cell[0], place) for cell, place in zip(cells, places, strict=True) if cell is not None]
-            points = [(100 * t.difference, 100 * (t.low or 0.0), 100 * (t.high or 0.0)) for t, _ in shown]
+            points = [_with_ends(test) for test, _ in shown]
             heights = [place + 0.14 - 0.28 * number for _, place in shown]
             _bars(axes, points, heights, number + 1, f"eta {eta:g}")
         axes.set_xlabel(f"DM minus cross entropy: {title}")
@@ -45,6 +45,12 @@ def effects() -> Figure:
     left.tick_params(axis="y", labelcolor=INK)
     figure.legend(*left.get_legend_handles_labels(), loc="upper center", ncols=len(PAPER_ETAS), frameon=False)
     return figure
+
+
+def _with_ends(test: PairedTest) -> tuple[float, ...]:
+    """A difference and its interval in points; a single seed has a point for one."""
+    ends = (test.low, test.high)
+    return tuple(100 * (test.difference if value is None else value) for value in (test.difference, *ends))
 
 
 def _bars(axes: Axes, points: Sequence[tuple[float, ...]], heights: Sequence[float], place: int, label: str) -> None:
