@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from hardmix.mixing import FMix, GridMix, SmoothMix
+from hardmix.mixing import FMix, GridMix, SmoothMix, masks
 from hardmix.mixing import field as fields
+from hardmix.mixing import plan as plans
+from hardmix.mixing.draw import move
 from hardmix.mixing.field import largest, low_frequency_field, low_frequency_mask
 from mixing.cases import rng
 
@@ -120,6 +123,16 @@ class TestGridMix:
             GridMix(area=(0.5, 1.5))
         with pytest.raises(ValueError, match="GridMix: aspect is None"):
             GridMix(aspect=None)
+
+    def test_lines_travel_to_the_device_and_not_masks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        moved: list[Tensor] = []
+        for module in (masks, plans):
+            monkeypatch.setattr(module, "move", lambda value, device: (moved.append(value), move(value, device))[1])
+        plan = GridMix().plan(torch.empty(8, 3, 40, 50, device="meta"), generator=rng())
+        assert plan.mask is not None
+        assert plan.mask.is_meta
+        assert plan.mask.shape == (8, 1, 40, 50)
+        assert sum(value.nbytes for value in moved) <= 8 * (40 + 50 + 3 * 8)  # bits, and a number or two for each row
 
 
 class TestFMix:

@@ -112,9 +112,11 @@ class GridMix(Policy):
             hits.append((at >= 0) & (at < window[:, None]) & (at % cell[:, None] < hole[:, None]))  # (N, length)
         pixels = math.prod(size)
         shown = torch.stack([hit.sum(1) for hit in hits]).prod(0)
-        mask = _without_product([hit.to(torch.float32) for hit in hits])
         lam = (pixels - shown).to(torch.float32) / pixels
-        return MixPlan(pairing.partner, lam, mask[:, None], shift=pairing.shift).to(x.device)
+        # A line of bits for each axis travels to the device; the mask, of zeros and ones on any, is made there.
+        mask = _without_product([move(hit, x.device).to(torch.float32) for hit in hits])[:, None]
+        plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
+        return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift)
 
 
 class FMix(Policy):
@@ -171,12 +173,12 @@ class FMix(Policy):
 def _without_product(factors: list[Tensor]) -> Tensor:
     """1 - the outer product of each row: (N, L1), (N, L2), ... -> (N, L1, L2, ...)"""
     *others, last = factors
-    out = torch.ones(last.shape[0])
+    out = torch.ones(last.shape[0], device=last.device)
     for factor in others:
         out = out[..., None] * factor.view(factor.shape[0], *[1] * (out.ndim - 1), -1)
     # The one step as large as the masks: a temporary of that size costs more than the arithmetic.
     last = last.view(last.shape[0], *[1] * (out.ndim - 1), -1)
-    return torch.addcmul(torch.ones(()), out[..., None], last, value=-1.0)
+    return torch.addcmul(torch.ones((), device=last.device), out[..., None], last, value=-1.0)
 
 
 def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:
