@@ -30,7 +30,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 def luma_weights(channels: int, device: torch.device) -> Tensor:
     """(C,) weights of the channels in the luma; other than three count alike."""
-    return torch.tensor(LUMA if channels == 3 else [1.0 / channels] * channels, device=device)
+    return move(torch.tensor(LUMA if channels == 3 else [1.0 / channels] * channels), device)
 
 
 def randaugment(x: Tensor, generator: Generator | None) -> Tensor:
