@@ -53,6 +53,12 @@ class Group(NamedTuple):
     runs: dict[str, dict[str, list[float]]]
 
     @property
+    def place(self) -> tuple[bool, int, int, str]:
+        """Fashion-MNIST first, then by the number of images; of those the shorter names first."""
+        data = self.about["data"]
+        return data["name"] == "cifar10", data["train"], len(self.name), self.name
+
+    @property
     def long(self) -> bool:
         return self.name.endswith("-long")
 
@@ -72,9 +78,9 @@ class Group(NamedTuple):
 
 def read_groups() -> dict[str, Group]:
     groups = {}
-    for path in sorted(RESULTS.glob("*.csv"), key=lambda p: (p.stem.startswith("cifar"), len(p.stem), p.stem)):
+    for path in RESULTS.glob("*.csv"):
         groups[path.stem] = Group(path.stem, json.loads(path.with_suffix(".json").read_text("utf-8")), read_rows(path))
-    return groups
+    return dict(sorted(groups.items(), key=lambda item: item[1].place))
 
 
 GROUPS = read_groups()
