@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from hardmix.data.views import MOVES, PAINTS, Augment
 from hardmix.losses import (
     SoftCrossEntropyLoss,
     decoupled_mixup_bce_loss,
@@ -160,32 +161,37 @@ def test_a_step_never_waits_for_the_gpu(name: str, no_waiting: None) -> None:
     loss.backward()
 
 
-@pytest.mark.parametrize("name", ["flip", "crop", "crop-zero", "resized-crop", "erase"])
+@pytest.mark.parametrize("name", [*MOVES, *PAINTS])
 def test_a_view_never_waits_for_the_gpu(name: str, no_waiting: None) -> None:
-    from hardmix.data.views import Augment
-
     Augment([name])(torch.rand(8, 3, 32, 32, device="cuda"), generator=rng(1))
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("objective", ["decoupled-mixup", "soft-cross-entropy"])
 def test_a_compiled_run_is_an_eager_one(objective: str, tmp_path) -> None:
-    """Its steps are replayed CUDA graphs."""
+    """Its passes are replayed CUDA graphs."""
+    from torch._dynamo.utils import counters
+
     from hardmix.train.loop import run_recipe
     from hardmix.train.state import load_checkpoint
     from train.conftest import tiny
 
     saved = []
+    counters.clear()
     for compiled in (False, True):
         train = {"device": "auto", "compile": compiled}
         run_recipe(tiny(train=train, objective={"name": objective}), tmp_path / str(compiled))
         saved.append(load_checkpoint(tmp_path / str(compiled) / "checkpoints", "last").tensors["model"])
+    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["inductor"]["cudagraph_skips"] == 0
     for name, want in saved[0].items():
         torch.testing.assert_close(saved[1][name], want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_repeats_and_resumes_bit_exactly(precision, tmp_path, monkeypatch) -> None:
+def test_a_run_repeats_and_resumes_bit_exactly(precision, compiled, tmp_path, monkeypatch) -> None:
     from hardmix.train.errors import Interrupted
     from hardmix.train.loop import run_recipe
     from train.conftest import fingerprint, tiny
@@ -193,7 +199,7 @@ def test_a_run_repeats_and_resumes_bit_exactly(precision, tmp_path, monkeypatch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        recipe = tiny(train={"device": "auto", "precision": precision})
+        recipe = tiny(train={"device": "auto", "precision": precision, "compile": compiled})
         run_recipe(recipe, tmp_path / "first")
         run_recipe(recipe, tmp_path / "second")
         ticks = iter(range(10**9))

@@ -55,27 +55,41 @@ def compiled(model: nn.Module, objective: nn.Module) -> nn.Module:
 
     The objective is compiled in its place.
     """
-    objective.compile(mode=MODE)
-    return torch.compile(model, mode=MODE)  # type: ignore[return-value]
+    # What other runs of this process compiled would count towards the number of graphs that a function may have.
+    torch.compiler.reset()
+    try:
+        objective.compile(mode=MODE)
+        return torch.compile(model, mode=MODE)  # type: ignore[return-value]
+    except RuntimeError as error:  # of a Python that this torch can't compile under
+        raise RunError(f"torch.compile is not to be had here ({error}); leave train.compile out.") from error
 
 
 @contextmanager
 def compiling(recipe: Recipe) -> Iterator[None]:
-    """Around what may be compiled: a compiler that is missing or gives up is told in a sentence."""
+    """Around steps that may compile, forward and backward: what goes wrong with it is told in a sentence."""
     if not recipe.train.compile:
         yield
         return
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     try:
         yield
-    except TorchDynamoException as error:
-        # The first line says who raised, the next one what.
-        reason = " ".join(str(error).split("\n")[:2]).strip().rstrip(".:")
+    except BackendCompilerFailed as error:
         raise RunError(
-            f"torch.compile failed ({reason}); it needs a C++ compiler, and Triton on a GPU: install what is missing, "
-            "or leave train.compile out."
-        ) from None
+            f"torch.compile failed ({_reason(error)}); it needs a C++ compiler and Python's headers, and Triton on a "
+            "GPU: install what is missing, or leave train.compile out."
+        ) from error
+    except TorchDynamoException as error:
+        raise RunError(
+            f"a step can't be compiled ({_reason(error)}); leave train.compile out, which may show what is wrong."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Who raised and what, of a compiler's output the first error, and of an operation that failed only its own."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [*lines[:2], *[line for line in lines[2:] if "error:" in line][:1]]
+    return " ".join(filter(None, told)).rpartition(": got ")[2][:300].rstrip(".: ")
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -190,7 +190,8 @@ class _Run:
         counted_from = first + COMPILING_STEPS * self.recipe.train.compile
         asked = time.perf_counter()
         for step, index, raw in self._batches():
-            values = self._one_step(step, index, raw)
+            with compiling(self.recipe):
+                values = self._one_step(step, index, raw)
             self.step = step + 1
             if step >= counted_from:
                 self.stepping += time.perf_counter() - asked
@@ -245,7 +246,7 @@ class _Run:
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
-                "per_step": round(self.stepping / max(1, self.timed), 6),
+                "per_step": round(self.stepping / self.timed if self.timed else self.seconds / max(1, self.steps), 6),
             },
             "memory_mb": peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -302,7 +303,7 @@ class _Run:
             # Processes average their gradients: with this weight the average is the mean over the global batch.
             share = len(batch[0]) * self.accelerator.num_processes / self.batch_size
             draws = generator(self.recipe.seed, "mix", step, rank, part)
-            with self.accelerator.autocast(), compiling(self.recipe):
+            with self.accelerator.autocast():
                 if whole is not None:
                     loss, values = whole.loss_in_parts(self.model, batch, draws, parts, partial(self._scaled, share))
                 else:

@@ -183,8 +183,8 @@ class TrainSection(Section):
     channels_last: bool = Field(True, description="memory format of images, volumes and filters")
     compile: bool = Field(
         False,
-        description="torch.compile model and objective for the steps: slower to start, for small images on a GPU "
-        "faster; classification only",
+        description="torch.compile model and objective for the steps: slower to start, dropout draws other numbers, "
+        "and small images on a GPU can be faster; classification only",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU if there is one")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's own choice")
