@@ -114,6 +114,9 @@ def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
     }
     if budget == "full":
         made["fashion-6000-rest"] = group("fashion-mini", 6000, resnet, NONE | methods(REST), cnn)
+        for samples in (2400, 6000):
+            made[f"fashion-{samples}-bce"] = group("fashion-mini", samples, resnet, binary_methods(), cnn)
+        made["fashion-2400-vit"] = group("fashion-mini", 2400, vit, pair, vit_train)
         # 10, 20 and 50 % of CIFAR-10
         for samples in (5000, 10000, 25000):
             made[f"cifar10-{samples}"] = group("cifar10", samples, large, pair, gpu)
