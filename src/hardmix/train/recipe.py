@@ -195,11 +195,15 @@ class Recipe(Section):
         if self.data.name not in PAIR_SETS:
             yield from self._misfits_of_images_and_numbers()
 
+    def _policies(self) -> list[str]:
+        """The policy, and those that it is made of."""
+        return [] if self.policy is None else policy_names(self.policy.model_dump())
+
     def _misfits_of_compiling(self) -> Iterator[str]:
         if self.task != "classification":
             yield "train.compile is for classification recipes; leave it out"
             return
-        for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
+        for name in self._policies():
             if name in tables.NEEDS_MODEL:
                 yield f'train.compile does not go with policy "{name}", which looks into the model; leave one out'
         if self.train.accumulate > 1:
@@ -216,7 +220,7 @@ class Recipe(Section):
             yield "tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few
         if not few and self.semi != SemiSection():
             yield "semi is a section of few-labels recipes; leave it out"
-        for name in [] if self.policy is None else policy_names(self.policy.model_dump()):
+        for name in self._policies():
             yield from self._misfits_of_policy(name)
         if self.density.lds and self.objective.name == "balanced-mse":
             yield "density.lds weights samples, which balanced-mse does not; leave one of them out"
