@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from hardmix.train import device
 from hardmix.train.device import COMPILING_STEPS
 from hardmix.train.errors import RecipeError, RunError
 from hardmix.train.loop import run_recipe
@@ -22,20 +21,30 @@ from .conftest import fingerprint, tiny
 from .test_loop import interrupted
 
 # the compiler's own
-#: batch statistics of one value
-LONELY = {"compile": True, "batch_size": 1}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 
 
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except RuntimeError as error:
-        pytest.skip(f"needs a C++ compiler and Python's headers: {str(error)[:80]}")
+def backend(name: str | Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let model and objective be compiled by this instead."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile_with(model, backend=name))
+
+
+@pytest.fixture(scope="module", params=["aot_eager", "inductor"])
+def compiler(request) -> Iterator[None]:
+    """One that needs nothing but torch, and the one that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "inductor":
+            try:
+                torch.compile(lambda x: x + 1)(torch.ones(2))
+            except RuntimeError as error:
+                pytest.skip(f"needs a C++ compiler and Python's headers: {str(error)[:80]}")
+        else:
+            backend(request.param, patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +98,6 @@ def test_a_run_that_compiles_in_all_of_its_steps_has_a_time_too(compiler, tmp_pa
     assert seconds["per_step"] == pytest.approx(seconds["train"] / 2, abs=1e-3)
 
 
-def backend(fails: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the model be compiled by this."""
-    compile_with = torch.compile
-    monkeypatch.setattr(device.torch, "compile", lambda model, mode: compile_with(model, backend=fails))
-
-
 def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path, monkeypatch):
     def no_headers(graph, inputs, **options):
         raise FileNotFoundError("C++ compile error\n\nCommand:\ng++\nx.cpp:1: fatal error: Python.h: No such file")
@@ -122,11 +125,12 @@ def test_a_backward_pass_that_fails_to_compile_is_told_alike(tmp_path, monkeypat
 
 
 def test_a_model_that_cannot_be_traced_is_not_the_fault_of_the_compiler(tmp_path):
+    model = {"name": "resnet18", "options": {"width": 2}}  # whose last norm sees one value of each channel
     told = (
         r"^a step can't be compiled \(ValueError\('Expected more than 1 value .*\); leave train.compile out, which may"
     )
     with pytest.raises(RunError, match=told):
-        run_recipe(tiny(model={"name": "resnet18", "options": {"width": 2}}, train=LONELY), tmp_path / "run")
+        run_recipe(tiny(model=model, train={"compile": True, "batch_size": 1}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
