@@ -29,7 +29,7 @@ GPU = {**CNN, "epochs": 100, "batch_size": 100, "warmup_epochs": 5, "precision":
 #: as long as the paper's shortest runs
 LONG = {**GPU, "epochs": 200}
 #: all images: large batches, since with small ones the card waits for the host
-LARGE = {**LONG, "batch_size": 500, "lr": 0.4, "compile": True, "log_every": 100}
+WHOLE = {**LONG, "batch_size": 500, "lr": 0.4, "compile": True, "log_every": 100}
 
 Methods = dict[str, dict[str, Any]]
 
@@ -99,7 +99,7 @@ def group(data: str, samples: int, model: str, chosen: Methods, train: dict[str,
 
 def groups(budget: str, epochs: int | None = None) -> dict[str, list[Recipe]]:
     """Comparison -> recipes, that without mixing first where it is run. `epochs` replaces those of all."""
-    settings = (CNN, VIT, GPU, LONG, LARGE)
+    settings = (CNN, VIT, GPU, LONG, WHOLE)
     cnn, vit_train, gpu, long, whole = ({**train, "epochs": epochs or train["epochs"]} for train in settings)
     resnet, vit, large = "small-resnet", "tiny-vit", "resnet18"
     pair, everything = NONE | methods(PAIR), NONE | methods(PAIR + REST)
