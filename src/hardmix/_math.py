@@ -35,6 +35,13 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
+def settled(x: Tensor) -> Tensor:
+    """The dense tensor `x`, and inside torch.compile a mark that it is to be computed once and kept in memory: else
+    what little is computed for a row is computed again for each pixel of the row that reads it."""
+    # The compiler can only take strides of memory, so it has to have some. Nothing else says so.
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
+
+
 def first_only(message: str) -> Callable[[Backward], Backward]:
     """Marks the backward pass of an autograd function that has no derivative of its own: asking for one raises.
 

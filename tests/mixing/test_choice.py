@@ -76,7 +76,7 @@ def test_combined_rows_are_the_policies_rows() -> None:
             assert plan.lam[i] == pytest.approx(float(plans[k].lam[i]), abs=1e-6)
             assert int(plan.partner[i]) == int(plans[k].partner[i])
         assert plan.mask is not None
-        assert torch.equal(plan.lam, own_share(plan.mask))
+        assert torch.allclose(plan.lam, own_share(plan.mask), rtol=0, atol=1e-6)
         np.testing.assert_allclose(mixed.double().numpy(), blend_by_hand(X, plan), atol=1e-5)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import compiling
 from hardmix.losses import SoftCrossEntropyLoss
-from hardmix.mixing import AugMix, MixPlan, Mixup, RandomChoice
+from hardmix.mixing import AugMix, FMix, MixPlan, Mixup, RandomChoice
 from mixing.cases import MODELLED, POLICIES, constant_rows, modelled, rng
 
 
@@ -87,6 +88,51 @@ def test_blend_of_a_drawn_plan(name: str) -> None:
             plan = policy.plan(x)
             assert torch.allclose(compiled(plan, x), plan.blend(x), atol=1e-6)
     assert counter.graphs <= 2
+
+
+@pytest.mark.slow
+@compiling.quiet
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "gridmix", "smoothmix", "fmix"])
+def test_generated_code_blends_as_eager_code(name: str) -> None:
+    """What is kept in memory once and read by each pixel is the same for every batch size and memory format."""
+    compiling.need_generated_code()
+    policy = POLICIES[name]("sample")
+
+    def blend(partner: torch.Tensor, lam: torch.Tensor, x: torch.Tensor, *where: torch.Tensor | None) -> torch.Tensor:
+        mask, box = where
+        return MixPlan(partner, lam, mask, box=box, size=None if box is None else tuple(x.shape[2:])).blend(x)
+
+    compiled = torch.compile(blend, fullgraph=True)
+    for n, memory_format in ((4, torch.contiguous_format), (6, torch.contiguous_format), (5, torch.channels_last)):
+        x = torch.rand(n, 3, 24, 31, generator=rng(n)).contiguous(memory_format=memory_format)
+        plan = policy.plan(x, generator=rng(n))
+        where = (None, plan.box) if plan.box is not None else (plan.mask, None)
+        mixed = compiled(plan.partner, plan.lam, x, *where)
+        assert torch.allclose(mixed, plan.blend(x), rtol=0, atol=1e-6)
+        assert plan.box is None or torch.equal(mixed, plan.blend(x))
+        assert mixed.stride() == x.stride()
+
+
+@pytest.mark.parametrize("spectrum", ["isotropic", "released"])
+def test_a_compiled_fmix_sorts_no_whole_rows(spectrum: str) -> None:
+    """Nor are its masks others than those of the eager policy, which are cut down before they are sorted."""
+    policy, seen = FMix(spectrum=spectrum), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    compiled = torch.compile(policy, fullgraph=True, backend=backend)
+    for n in (4, 3):
+        x = torch.rand(n, 1, 24, 40)
+        torch.manual_seed(n)
+        mixed, target = compiled(x, torch.arange(n))
+        torch.manual_seed(n)
+        again, wanted = policy(x, torch.arange(n))
+        assert torch.equal(mixed, again)
+        assert torch.equal(target.weights, wanted.weights)
+    assert any("largest" in name for name in seen)
+    assert not any("sort" in name for name in seen)
 
 
 @pytest.mark.parametrize("name", ["cutmix", "saliencymix"])

@@ -123,7 +123,8 @@ def test_invariants(name: str, data: st.DataObject) -> None:
     assert (target.weights.sum(1) - 1).abs().max() <= 1e-6
     if plan.mask is not None:
         assert plan.mask.shape == (n, 1, *x.shape[2:])
-        assert torch.equal(plan.lam, own_share(plan.mask))
+        bits = bool(((plan.mask == 0) | (plan.mask == 1)).all())  # a soft mask is rounded pixel by pixel
+        assert (plan.lam - own_share(plan.mask)).abs().max() <= (0.0 if bits else 1e-6)
     want = blend_by_hand(x, plan)
     got = mixed.double().numpy()
     if x.dtype == torch.uint8:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hardmix.mixing import FMix, GridMix, SmoothMix, masks
+from hardmix.mixing import FMix, GridMix, Policy, SmoothMix, masks
 from hardmix.mixing import field as fields
 from hardmix.mixing import plan as plans
 from hardmix.mixing.draw import move
@@ -124,15 +124,17 @@ class TestGridMix:
         with pytest.raises(ValueError, match="GridMix: aspect is None"):
             GridMix(aspect=None)
 
-    def test_lines_travel_to_the_device_and_not_masks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        moved: list[Tensor] = []
-        for module in (masks, plans):
-            monkeypatch.setattr(module, "move", lambda value, device: (moved.append(value), move(value, device))[1])
-        plan = GridMix().plan(torch.empty(8, 3, 40, 50, device="meta"), generator=rng())
-        assert plan.mask is not None
-        assert plan.mask.is_meta
-        assert plan.mask.shape == (8, 1, 40, 50)
-        assert sum(value.nbytes for value in moved) <= 8 * (40 + 50 + 3 * 8)  # bits, and a number or two for each row
+
+@pytest.mark.parametrize("policy", [GridMix(), SmoothMix()], ids=repr)
+def test_lines_travel_to_the_device_and_not_masks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Tensor] = []
+    for module in (masks, plans):
+        monkeypatch.setattr(module, "move", lambda value, device: (moved.append(value), move(value, device))[1])
+    plan = policy.plan(torch.empty(8, 3, 40, 50, device="meta"), generator=rng())
+    assert plan.mask is not None
+    assert plan.mask.is_meta
+    assert plan.mask.shape == (8, 1, 40, 50)
+    assert sum(value.nbytes for value in moved) <= 8 * (4 * (50 + 50) + 3 * 8)  # and a number or two for each row
 
 
 class TestFMix:
@@ -277,6 +279,10 @@ class TestLargest:
             want = torch.zeros(pixels, dtype=torch.bool)
             want[order[: int(keep[row])]] = True
             assert torch.equal(got[row], want), row
+
+    def test_as_one_operation_of_a_graph(self) -> None:
+        values = torch.randn(3, 600, generator=rng())
+        torch.library.opcheck(torch.ops.hardmix.largest.default, (values, torch.tensor([0, 600, 77])))
 
 
 def _pairing(n: int) -> object:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
+import compiling
 from hardmix.train.device import COMPILING_STEPS
 from hardmix.train.errors import RecipeError, RunError
 from hardmix.train.loop import run_recipe
@@ -23,7 +24,7 @@ from .test_loop import interrupted
 # the compiler's own
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    compiling.quiet,
 ]
 
 
@@ -38,10 +39,7 @@ def compiler(request) -> Iterator[None]:
     """One that needs nothing but torch, and the one that users get."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "inductor":
-            try:
-                torch.compile(lambda x: x + 1)(torch.ones(2))
-            except RuntimeError as error:
-                pytest.skip(f"needs a C++ compiler and Python's headers: {str(error)[:80]}")
+            compiling.need_generated_code()
         else:
             backend(request.param, patch)
         yield

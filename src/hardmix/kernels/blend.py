@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hardmix._math import is_transformed
+from hardmix._math import is_transformed, settled
 
 Row = TypeVar("Row")
 _FULL = (torch.float32, torch.float64)
@@ -39,12 +39,17 @@ def box_mask(box: Tensor, size: tuple[int, ...]) -> Tensor:
     at = torch.arange(1.0, 2 * max(size), 2.0, device=box.device)
     # Twice the distance of a pixel from the middle of the box, less the box's side, is odd; the last one inside has -1.
     beyond = (at - (start + stop)[..., None]).abs_().sub_((stop - start)[..., None])  # (N, S, longest axis)
-    outside = beyond.clamp_(0.0, 1.0)
-    masks = [
-        outside[:, axis, :length].view(-1, 1, *[length if other == axis else 1 for other in range(len(size))])
-        for axis, length in enumerate(size)
-    ]
-    return reduce(torch.maximum, masks)
+    outside = settled(beyond.clamp_(0.0, 1.0))
+    return outside_mask([outside[:, axis, :length] for axis, length in enumerate(size)])
+
+
+def outside_mask(lines: Sequence[Tensor]) -> Tensor:
+    """(N, 1, *size): the largest of the (N, length) lines of its axes at each pixel, so 1 where any of them is 1."""
+    axes = len(lines)
+    return reduce(
+        torch.maximum,
+        [line.view(-1, 1, *[1] * axis, line.shape[1], *[1] * (axes - 1 - axis)) for axis, line in enumerate(lines)],
+    )
 
 
 def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -185,10 +190,6 @@ def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None
 
 def _paste_mask(x: Tensor, partner: Tensor, box: Tensor, out: Tensor | None) -> Tensor:
     mask = box_mask(box, tuple(x.shape[2:]))
-    if torch.compiler.is_compiling():
-        # Otherwise the compiler keeps the comparison as bytes, which it reads one by one: four times the time on a CPU.
-        # Ones like `x`, because the first operand of `where` decides the memory format of what comes out.
-        mask = mask * torch.ones_like(x[:1], dtype=mask.dtype)
     return _written(torch.where(mask > 0, x, _gather(x, partner)), out)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
+from hardmix._math import settled
 
 PAIRINGS = ("shift", "permutation", "reversal", "matching")
 PER = ("batch", "pair", "sample")
@@ -56,7 +57,7 @@ def draw_partner(n: int, pairing: str, generator: Generator | None) -> Pairing:
         # Not randint, which would be compiled anew for each batch size; in float64 the product stays below n - 1.
         unit = _of(generator, torch.rand, 1, dtype=torch.float64)
         if torch.compiler.is_compiling():  # may not read k on the host; a gather is fused with the blend there
-            return Pairing((torch.arange(n) + (unit * (n - 1)).long() + 1) % n, None)
+            return Pairing(settled((torch.arange(n) + (unit * (n - 1)).long() + 1) % n), None)
         shift = int(unit.item() * (n - 1)) + 1
         return Pairing(torch.arange(shift, shift + n).remainder_(n), shift)
     if pairing == "permutation":

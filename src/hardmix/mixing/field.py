@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from hardmix._math import settled
 from hardmix.mixing.draw import normal
 
 SPECTRA = ("isotropic", "released")
@@ -64,7 +65,7 @@ def _draw_weights(
         weights = _released(rows, size, limits[0], decay, generator)
     else:
         weights = normal((rows, *(2 * limit + 1 for limit in limits)), generator)
-        weights = weights * _amplitude(size, limits, decay)
+        weights = weights * settled(_amplitude(size, limits, decay))
     return weights, [_waves(length, limit) for length, limit in zip(size, limits, strict=True)]
 
 
@@ -129,8 +130,10 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
     the row bound the threshold, pixels above are in and below are out, and only those between are sorted.
     """
     rows, pixels = values.shape
-    if pixels <= _LONG_ROW or torch.compiler.is_compiling() or values.device.type != "cpu":
+    if pixels <= _LONG_ROW or values.device.type != "cpu":
         return _largest_by_sorting(values, keep)
+    if torch.compiler.is_compiling():
+        return _largest_as_one(values, keep)
     step = math.isqrt(pixels) // 4 | 1  # odd: an even step would visit every other column only
     sample = values[:, ::step].sort(dim=1, descending=True).values
     count = sample.shape[1]
@@ -152,6 +155,17 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
     padded[row, place] = values[row, at]
     chosen[row, at] = _largest_by_sorting(padded, missing)[row, place]
     return chosen
+
+
+@torch.library.custom_op("hardmix::largest", mutates_args=())
+def _largest_as_one(values: Tensor, keep: Tensor) -> Tensor:
+    """`largest` as one operation of a compiled graph, which can't hold its loop and would have to sort whole rows."""
+    return largest(values, keep)
+
+
+@_largest_as_one.register_fake
+def _(values: Tensor, keep: Tensor) -> Tensor:
+    return torch.empty_like(values, dtype=torch.bool)
 
 
 def _largest_by_sorting(values: Tensor, keep: Tensor) -> Tensor:

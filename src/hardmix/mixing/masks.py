@@ -8,11 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
+from hardmix._math import settled
+from hardmix.kernels.blend import outside_mask
 from hardmix.mixing.draw import Pairing, move, uniform
 from hardmix.mixing.field import SPECTRA, low_frequency_mask
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
-from hardmix.mixing.static import cut_side
+from hardmix.mixing.static import axis_lengths, cut_side
 
 
 class SmoothMix(Policy):
@@ -48,10 +50,14 @@ class SmoothMix(Policy):
         bells = []
         for axis, length in enumerate(size):
             at = (torch.arange(length) + 0.5) / length
-            bells.append(torch.exp(-0.5 * ((at - centre[:, axis, None]) / sigma) ** 2))  # (count, length)
-        mask = self._rows(pairing, _without_product(bells))[:, None]
-        lam = mask.mean(tuple(range(1, mask.ndim)))
-        return MixPlan(pairing.partner, lam, mask, shift=pairing.shift).to(x.device)
+            bell = torch.exp(-0.5 * ((at - centre[:, axis, None]) / sigma) ** 2)
+            bells.append(self._rows(pairing, bell)[:count])  # (count, length)
+        # The mean of a product of lines is the product of their means, so only lines travel to the device.
+        lam = 1.0 - torch.stack([bell.mean(1) for bell in bells]).prod(0)
+        mask = _without_product([settled(move(bell, x.device)) for bell in bells])[:, None]
+        rows = x.shape[0]
+        plan = MixPlan(pairing.partner, lam.expand(rows).contiguous(), shift=pairing.shift).to(x.device)
+        return MixPlan(plan.partner, plan.lam, mask.expand(rows, *mask.shape[1:]), shift=plan.shift)
 
 
 class GridMix(Policy):
@@ -95,26 +101,29 @@ class GridMix(Policy):
         side = cut_side(self._lam(pairing, generator), axes)
         draws = self._rows(pairing, uniform(0.0, 1.0, (rows, 3 + axes), generator))
         low, high = self.cells
-        cells = (draws[:, 0] * (high - low + 1)).long().clamp(max=high - low) + low
-        area = _between(draws[:, 1], self.area)
-        aspect = _between(draws[:, 2], self.aspect) if axes > 1 else torch.ones(rows)
-        tilt = [0.0] * (axes - 2) + [0.5, -0.5] if axes > 1 else [0.0]
-        windows = [
-            (area ** (1.0 / axes) * aspect**power * length).round().long().clamp(1, length)
-            for power, length in zip(tilt, size, strict=True)
-        ]
-        cell = -(-windows[-1] // cells)  # rounded up
-        hole = (side * cell).round().long()
-        hits = []
-        for axis, (window, length) in enumerate(zip(windows, size, strict=True)):
-            corner = (draws[:, 3 + axis] * (length - window + 1)).long()
-            at = torch.arange(length) - corner[:, None]
-            hits.append((at >= 0) & (at < window[:, None]) & (at % cell[:, None] < hole[:, None]))  # (N, length)
-        pixels = math.prod(size)
-        shown = torch.stack([hit.sum(1) for hit in hits]).prod(0)
-        lam = (pixels - shown).to(torch.float32) / pixels
-        # A line of bits for each axis travels to the device; the mask, of zeros and ones on any, is made there.
-        mask = _without_product([move(hit, x.device).to(torch.float32) for hit in hits])[:, None]
+        cells = (draws[:, 0] * (high - low + 1)).floor_().clamp_(max=high - low).add_(low)
+        area = _between(draws[:, 1], self.area) ** (1.0 / axes)
+        if axes > 1:
+            aspect = _between(draws[:, 2], self.aspect)
+            sides = torch.stack([area] * (axes - 2) + [area * aspect**0.5, area * aspect**-0.5])  # (S, N)
+        else:
+            sides = area[None]
+        # Whole numbers in float32, exact up to 2^24: bools and remainders of integers take several times as long.
+        lengths = axis_lengths(size, sides.device)
+        windows = torch.minimum((sides * lengths).round_().clamp_(min=1.0), lengths)
+        cell = (windows[-1] / cells).ceil_()
+        hole = (side * cell).round_()
+        corner = (draws[:, 3:].T * (lengths - windows + 1.0)).floor_()
+        at = torch.arange(float(max(size))) - corner[..., None]  # (S, N, longest axis)
+        place = (at / cell[:, None]).floor_().mul_(-cell[:, None]).add_(at)  # at mod cell
+        # At least 1 beyond the hole, the window's end or its start, and at most 0 in a hole.
+        beyond = torch.maximum(place.sub_(hole[:, None]), at - windows[..., None]).add_(1.0)
+        outside = torch.maximum(beyond, at.neg_()).clamp_(0.0, 1.0)
+        shown = (max(size) - outside.sum(2)).long().prod(0)
+        lam = (math.prod(size) - shown).to(torch.float32) / math.prod(size)
+        # A line for each axis travels to the device; the mask, of zeros and ones on any, is made there.
+        outside = settled(move(outside, x.device))
+        mask = outside_mask([line[:, :length] for line, length in zip(outside, size, strict=True)])
         plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
         return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift)
 
@@ -172,13 +181,12 @@ class FMix(Policy):
 
 def _without_product(factors: list[Tensor]) -> Tensor:
     """1 - the outer product of each row: (N, L1), (N, L2), ... -> (N, L1, L2, ...)"""
-    *others, last = factors
-    out = torch.ones(last.shape[0], device=last.device)
+    first, *others = factors
+    out = -first
     for factor in others:
         out = out[..., None] * factor.view(factor.shape[0], *[1] * (out.ndim - 1), -1)
-    # The one step as large as the masks: a temporary of that size costs more than the arithmetic.
-    last = last.view(last.shape[0], *[1] * (out.ndim - 1), -1)
-    return torch.addcmul(torch.ones((), device=last.device), out[..., None], last, value=-1.0)
+    # Not addcmul, which takes four times as long where it broadcasts, and rounds once or twice by device.
+    return out.add_(1.0)
 
 
 def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:

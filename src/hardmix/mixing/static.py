@@ -77,7 +77,7 @@ def cut_side(lam: Tensor, axes: int) -> Tensor:
 def whole_pixels(at: Tensor, size: tuple[int, ...]) -> Tensor:
     """(N, S) positions in [0, 1) as whole pixels of each axis. float32"""
     # A float32 below 1 times a whole number rounds to less than that number, so the last pixel needs no clamp.
-    return (at.T * _lengths(size, at.device)).floor_().T
+    return (at.T * axis_lengths(size, at.device)).floor_().T
 
 
 def cut_box(side: Tensor, middle: Tensor, size: tuple[int, ...], smallest: int = 0) -> Tensor:
@@ -92,7 +92,7 @@ def cut_box(side: Tensor, middle: Tensor, size: tuple[int, ...], smallest: int =
         (N, S, 2) long, half-open [start, stop) inside the image. All pixels of the border can be reached.
     """
     # float32 holds whole numbers up to 2^24, and two long rows are faster than N short ones.
-    lengths = _lengths(size, side.device)
+    lengths = axis_lengths(size, side.device)
     pixels = (side * lengths).round_()  # (N,), or (S, N) where the axes differ
     if smallest:
         pixels = pixels.clamp_(min=smallest)
@@ -107,13 +107,13 @@ def inner_box(side: Tensor, place: Tensor, size: tuple[int, ...]) -> Tensor:
     Args:
         place: (N, S) in [0, 1), from the first to the last place of the whole box on each axis, all equally likely.
     """
-    lengths = _lengths(size, side.device)
+    lengths = axis_lengths(size, side.device)
     pixels = (side * lengths).round_()
     start = (place.T * (lengths - pixels + 1.0)).floor_()  # below the number of places, as in `whole_pixels`
     return torch.stack([start, start + pixels]).long().permute(2, 1, 0)
 
 
-def _lengths(size: tuple[int, ...], device: torch.device) -> Tensor:
+def axis_lengths(size: tuple[int, ...], device: torch.device) -> Tensor:
     """What (S, N) positions are multiplied with: (S, 1) float32, or () where all axes are equally long."""
     # Filled in on the device: a copy from the host would have to wait for it.
     if len(set(size)) == 1:
