@@ -26,7 +26,6 @@ def run_worker(script: str, setting: dict) -> dict:
         **os.environ,
         **ALLOCATORS[setting["allocator"]],
         "OMP_NUM_THREADS": str(setting.get("threads", 1)),
-        "OMP_WAIT_POLICY": "passive",
     }
     command = [sys.executable, script, "--worker", json.dumps(setting)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -6,14 +6,16 @@
 
 Rows of hardmix draw their plan inside the timed call, one lambda for each sample. "out=" is
 `policy.plan(x).blend(x, out=buffer)`, "in place" is `policy.plan(x).blend_(x)`, "new" is `policy(x, y)` with its
-labels. Rows of other packages (those that are installed) mix the labels too.
+labels; "compiled" is the same through `torch.compile`, where a C++ compiler is installed. Rows of other packages (those
+that are installed) mix the labels too.
 
 The cases of a table take turns in one process, each round starting with another case; a case is the median of its
 rounds. Caches are "cold" when 64 MB are written before each call, as after a training step, and "warm" when the call
 has just been made once before; for large batches there is no difference. By default the C library gives large blocks
 back to the system and takes them page by page again, which costs a new batch several times the arithmetic; with "kept"
 blocks it does not, which is close to what a GPU's caching allocator does. The script runs itself once for each
-allocator and number of threads. CPU is the time of the process, wall that of the clock; threads that wait sleep.
+allocator and number of threads. CPU is the time of the process, wall that of the clock; threads that wait do so
+as torch's do anywhere, which counts as CPU time.
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ def build_cases(shape: list[int], dtype_name: str) -> tuple[dict[str, Callable[[
             "out=": lambda: policy.plan(x, y, generator=generator).blend(x, out=buffer),
             "in place": lambda: policy.plan(changing, y, generator=generator).blend_(changing),
             "new": lambda: policy(x, y, generator=generator),
+            # With torch's own generator, the one that compiled code can take.
+            "compiled out=": torch.compile(lambda: policy.plan(x, y).blend(x, out=buffer), fullgraph=True),
+            "compiled new": torch.compile(lambda: policy(x, y), fullgraph=True),
         }
 
     cases: dict[str, Callable[[], object]] = {"copy_": lambda: buffer.copy_(x)}

@@ -356,6 +356,7 @@ def mixing_cost(name: str) -> str:
     policy = tables.POLICIES[name].__name__
     command = "`python benchmarks/mixing.py`"
     ways = {"in place": "in place", "out=": "into a buffer", "new": "new batch"}
+    ways |= {f"compiled {way}": f"{ways[way]}, compiled" for way in ("out=", "new")}
     found = [t for t in _result("mixing.json").get("tables", []) if t["threads"] == 1]
     present = [way for way in ways if any(f"{policy}, {way}" in t["rows"] for t in found)]
     if not present:
