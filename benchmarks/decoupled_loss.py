@@ -7,7 +7,8 @@
 Time: all cases of a shape take turns in one process, each round in another order; medians. CPU time of the
 process tells more than wall time on a shared machine; both are printed. By default glibc gives each large block back to
 the system and takes it page by page again, which costs several times the arithmetic; one table is with blocks kept
-(close to what a GPU's caching allocator does) and one with this default. Threads that wait sleep rather than spin.
+(close to what a GPU's caching allocator does) and one with this default. With two threads compare wall time: CPU time
+counts both, and their waiting.
 
 Memory: one process per case; peak resident memory over what is there with logits and target, in units of the logits.
 """
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ def timm_case() -> dict[str, Case]:
     return {"timm SoftTargetCrossEntropy, target built": lambda z, t, d: criterion(z, t.dense(z.shape[1]))}
 
 
+@cache  # given, as the pair is
 def third(target: MixedTarget) -> MixedTarget:
     labels = torch.cat([target.labels, target.labels.roll(1, 0)[:, :1]], 1)
     return MixedTarget(labels, torch.full_like(labels, 1 / 3, dtype=torch.float32))
@@ -130,7 +133,7 @@ def peak_memory(shape: str, name: str) -> float:
 
 def child(*arguments: str, threads: int, kept: bool) -> Any:
     """The answer of this file run again: thread count and allocator have to be set before torch starts."""
-    settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **(KEPT if kept else {})}
+    settings = {"OMP_NUM_THREADS": str(threads), **(KEPT if kept else {})}
     environment = {**os.environ, **settings}
     command = [sys.executable, __file__, "--child", *arguments]
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,31 @@ def test_equals_the_slow_loop(seed: int) -> None:
     want = np.array([slow.mixed_row(z, *row) for z, row in zip(single.numpy(), rows, strict=True)])
     got = soft_cross_entropy_loss(single, MixedTarget(target.labels, target.weights), reduction="none")
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize(
+    "row",
+    [
+        (-math.inf, 1.0, 2.0),
+        (-math.inf, -math.inf, 2.0),
+        (math.inf, 1.0, 2.0),
+        (-math.inf, math.inf, 1.0),
+        (math.nan, 1.0, 2.0),
+        (-math.inf, math.nan, 1.0),
+        (1e30, 1.0, 2.0),
+        (-1e30, 1.0, 2.0),
+        (65504.0, -65504.0, 65472.0),
+        (30000.0, 30008.0, 29984.0),
+    ],
+)
+def test_smoothing_at_the_ends_of_the_numbers(row: tuple[float, ...], label: int) -> None:
+    """Smoothing is read off the mean of the logits, which an infinite one or a far one may not spoil."""
+    z, y = torch.tensor([row], requires_grad=True), torch.tensor([label])
+    got, want = (loss(z, y, label_smoothing=0.1) for loss in (soft_cross_entropy_loss, F.cross_entropy))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+    grads = [torch.autograd.grad(loss, z)[0] for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

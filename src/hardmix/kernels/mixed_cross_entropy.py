@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
 
+#: Logits whose distances from a row's label are there at a time.
+_PIECE = 1 << 18
+
 
 def mixed_cross_entropy(
     logits: Tensor,
@@ -16,12 +19,13 @@ def mixed_cross_entropy(
     share: Tensor,
     soft: Tensor | None = None,
     *,
+    floor: float = 0.0,
     eta: float = 0.0,
     asymmetric: bool = False,
 ) -> Tensor:
     """Unreduced loss of every row (N, *spatial), in float32 or wider.
 
-        l = -sum_k share_k log p_{y_k} - sum_c soft_c log p_c + eta sum_{i in S} softplus(r - z_i)
+        l = -sum_k share_k log p_{y_k} - sum_c (soft_c + floor) log p_c + eta sum_{i in S} softplus(r - z_i)
         S = distinct labels of the row (the last sum only where there are two or more),  r = logsumexp_{c not in S} z_c
 
     All that a row needs is r and the K logits of its labels, so the gradient outside S is one number per row times the
@@ -31,7 +35,8 @@ def mixed_cross_entropy(
         logits: (N, C, *spatial), any float dtype.
         labels: (N, K, *spatial) class ids in range; duplicates are one class.
         share: (N, K, *spatial) mass of each label, in float32 or wider.
-        soft: further mass of all classes, broadcastable to `logits`: label smoothing, or a dense target.
+        soft: further mass of all classes, broadcastable to `logits`: a dense target, or smoothing by class weights.
+        floor: further mass of each class alike: label smoothing, for which only the mean of the logits is read.
         eta: factor of the regulariser.
         asymmetric: only the class of `labels[:, 0]` is regularised.
     """
@@ -40,8 +45,8 @@ def mixed_cross_entropy(
     learnt = share.requires_grad or (soft is not None and soft.requires_grad)
     if torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()):
         # The compiler fuses the formula by itself; a target with a gradient is rare, so autograd does it.
-        return _formula(logits, labels, share, soft, eta, asymmetric)
-    return _MixedCrossEntropy.apply(logits, labels, share, soft, eta, asymmetric)
+        return _formula(logits, labels, share, soft, floor, eta, asymmetric)
+    return _MixedCrossEntropy.apply(logits, labels, share, soft, floor, eta, asymmetric)
 
 
 class _Row(NamedTuple):
@@ -59,7 +64,8 @@ def _compare(labels: Tensor) -> tuple[Tensor, Tensor | None]:
     differs = labels[:, None] != labels
     if labels.shape[0] <= 2:
         return differs, None
-    return differs, torch.stack([row[:k].all(0) for k, row in enumerate(differs)])
+    later = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu()  # or the label itself
+    return differs, (differs | later.view(*later.shape, *[1] * (labels.ndim - 1))).all(1)
 
 
 def _others(rest: Tensor, own: Tensor, differs: Tensor) -> Tensor:
@@ -95,18 +101,35 @@ def _row_of_probs(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmet
     return _Row(odds, margin, rest, differs, first)
 
 
-def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> Tensor:
+def _loss(
+    row: _Row, logits: Tensor, labels: Tensor, share: Tensor, soft: Tensor | None, floor: float, eta: float
+) -> Tensor:
     loss = (share * softplus(row.odds)).sum(0)
     if row.margin is not None:
         pull = softplus(row.margin)
         loss = loss.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
     if soft is not None:
         loss = loss - (logits.log_softmax(1, dtype=loss.dtype) * soft).sum(1)
+    if floor:
+        loss = loss.add(_all_classes(row, logits, labels[0]), alpha=floor)
     return loss
 
 
+def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
+    """-sum_c log p_c of every row, (N, *spatial), read off the mean of its logits and -log p of its first label."""
+    own = logits.gather(1, label[:, None]).to(row.odds.dtype)
+    own = own.masked_fill(own == -torch.inf, 0.0)  # -log p is infinite then, whatever is added
+    # Differences first: the mean of logits far from 0 has lost its digits. In pieces, they do not leave a CPU's cache.
+    rows = logits.shape[0]
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = max(1, _PIECE * rows // logits.numel())
+    pieces = zip(own.split(rows), logits.split(rows), strict=True)
+    below = torch.cat([(first - piece).mean(1) for first, piece in pieces])
+    return (below + softplus(row.odds[0])) * logits.shape[1]
+
+
 def _formula(
-    logits: Tensor, labels: Tensor, share: Tensor, soft: Tensor | None, eta: float, asymmetric: bool
+    logits: Tensor, labels: Tensor, share: Tensor, soft: Tensor | None, floor: float, eta: float, asymmetric: bool
 ) -> Tensor:
     """The same loss from differentiable operations, for the compiler, learnt targets and second derivatives."""
     z = logits.to(wide(logits.dtype))
@@ -114,7 +137,7 @@ def _formula(
     index = labels.movedim(0, 1)
     rest = z.scatter(1, index, torch.finfo(z.dtype).min).logsumexp(1)
     row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta, asymmetric)
-    return _loss(row, z, share, soft, eta)
+    return _loss(row, z, labels, share, soft, floor, eta)
 
 
 def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
@@ -150,25 +173,26 @@ class _MixedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         share: Tensor,
         soft: Tensor | None,
+        floor: float,
         eta: float,
         asymmetric: bool,
     ) -> Tensor:
         probs, amount, row = _split(logits, labels, eta, asymmetric)
         ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row)
-        ctx.eta, ctx.asymmetric = eta, asymmetric
-        return _loss(row, logits, share, soft, eta)
+        ctx.floor, ctx.eta, ctx.asymmetric = floor, eta, asymmetric
+        return _loss(row, logits, labels, share, soft, floor, eta)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, share, soft, probs, amount, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
-            loss = _formula(logits, labels, share, soft, ctx.eta, ctx.asymmetric)
+            loss = _formula(logits, labels, share, soft, ctx.floor, ctx.eta, ctx.asymmetric)
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, None, None, None, None, None
-        at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.eta)
+            return grad, None, None, None, None, None, None
+        at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
-        if soft is not None or logits.dtype == probs.dtype:
+        if soft is not None or ctx.floor or logits.dtype == probs.dtype:
             grad = probs * outside
         else:
             # Rounded while it is written: half types need no wide copy of the gradient.
@@ -176,19 +200,21 @@ class _MixedCrossEntropy(torch.autograd.Function):
         grad.scatter_(1, labels.movedim(0, 1), at_labels.to(grad.dtype))
         if soft is not None:
             grad.addcmul_(grad_loss[:, None], soft, value=-1.0)
-        return grad.to(logits.dtype), None, None, None, None, None
+        if ctx.floor:
+            grad.sub_((grad_loss * ctx.floor)[:, None])
+        return grad.to(logits.dtype), None, None, None, None, None, None
 
 
-def _gradient(row: _Row, share: Tensor, soft: Tensor | None, eta: float) -> tuple[Tensor, Tensor]:
+def _gradient(row: _Row, share: Tensor, soft: Tensor | None, everywhere: float, eta: float) -> tuple[Tensor, Tensor]:
     """d loss / d z of the labels (K, N, *spatial), and the factor (N, *spatial) of the softmax outside S.
 
     Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
-    target itself is left to the caller.
+    target itself is left to the caller, and so is the mass that all classes share, `everywhere` in sum.
     """
     total = share.sum(0)
     elsewhere = (row.differs * share).sum(1)  # mass of the other classes
-    if soft is not None:
-        further = soft.sum(1)
+    if soft is not None or everywhere:
+        further = everywhere if soft is None else soft.sum(1) + everywhere
         total, elsewhere = total + further, elsewhere + further
     at_labels = elsewhere - total * row.odds.sigmoid()  # total p - mass of the class, with every digit of 1 - p
     outside = total * row.outside

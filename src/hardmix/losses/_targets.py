@@ -175,18 +175,20 @@ def class_objective(
         )
     labels, share, soft, counted, own = class_target(who, logits, target, ignore_index, 2 if eta > 0 else 0)
     column = (1, logits.shape[1], *[1] * (logits.ndim - 2))
+    floor = label_smoothing / logits.shape[1]
     if label_smoothing > 0:
         share = share * (1.0 - label_smoothing)
-        floor = label_smoothing / logits.shape[1]
-        soft = share.new_full(column, floor) if soft is None else soft * (1.0 - label_smoothing) + floor
+        soft = None if soft is None else soft * (1.0 - label_smoothing)
     if weight is not None:
         weight = weight.to(share.dtype)
         share = share * weight[labels]
-        soft = None if soft is None else soft * weight.view(column)
-    loss = mixed_cross_entropy(logits, labels, share, soft, eta=eta, asymmetric=asymmetric)
+        if soft is not None or floor:
+            soft = (floor if soft is None else soft + floor) * weight.view(column)
+            floor = 0.0
+    loss = mixed_cross_entropy(logits, labels, share, soft, floor=floor, eta=eta, asymmetric=asymmetric)
     if asymmetric and eta > 0 and own is not None:
         # What stands in for an ignored label would be regularised in its place.
-        loss = torch.where(own, loss, mixed_cross_entropy(logits, labels, share, soft))
+        loss = torch.where(own, loss, mixed_cross_entropy(logits, labels, share, soft, floor=floor))
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
     return _math.reduce(loss, reduction, counted)
