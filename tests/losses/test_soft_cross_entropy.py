@@ -59,6 +59,12 @@ def test_smoothing_at_the_ends_of_the_numbers(row: tuple[float, ...], label: int
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+def test_smoothing_of_a_gap_beyond_its_cap_is_not_negative() -> None:
+    """A label counts as no more than 1e30 below the highest logit, the mean of all as what it is."""
+    for far in (-1e31, -1e38):
+        assert soft_cross_entropy_loss(torch.tensor([[far, 1.0, 2.0]]), torch.tensor([0]), label_smoothing=0.1) >= 9e29
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])

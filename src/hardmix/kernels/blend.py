@@ -190,7 +190,10 @@ def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None
 
 def _paste_mask(x: Tensor, partner: Tensor, box: Tensor, out: Tensor | None) -> Tensor:
     mask = box_mask(box, tuple(x.shape[2:]))
-    return _written(torch.where(mask > 0, x, _gather(x, partner)), out)
+    own, other = x, _gather(x, partner)
+    if torch.compiler.is_compiling() and not x.is_floating_point() and x.itemsize < 4:
+        own, other = own.int(), other.int()  # compiled for a CPU, narrow integers are selected one by one
+    return _written(torch.where(mask > 0, own, other).to(x.dtype), out)
 
 
 def _written(mixed: Tensor, out: Tensor | None) -> Tensor:

@@ -125,7 +125,7 @@ def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
         rows = max(1, _PIECE * rows // logits.numel())
     pieces = zip(own.split(rows), logits.split(rows), strict=True)
     below = torch.cat([(first - piece).mean(1) for first, piece in pieces])
-    return (below + softplus(row.odds[0])) * logits.shape[1]
+    return (below + softplus(row.odds[0])).clamp(min=0.0) * logits.shape[1]
 
 
 def _formula(
