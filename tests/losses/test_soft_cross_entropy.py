@@ -59,10 +59,29 @@ def test_smoothing_at_the_ends_of_the_numbers(row: tuple[float, ...], label: int
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
-def test_smoothing_of_a_gap_beyond_its_cap_is_not_negative() -> None:
-    """A label counts as no more than 1e30 below the highest logit, the mean of all as what it is."""
-    for far in (-1e31, -1e38):
-        assert soft_cross_entropy_loss(torch.tensor([[far, 1.0, 2.0]]), torch.tensor([0]), label_smoothing=0.1) >= 9e29
+@pytest.mark.parametrize("far", [-1e31, torch.finfo(torch.float32).min])
+def test_smoothing_beside_a_masked_class(far: float) -> None:
+    """A label counts as no more than 1e30 below the highest logit; whatever stands for it, the slope is that of torch.
+    A class without a share may be as far as it likes."""
+    z, labels = torch.tensor([[far, 1.0, 2.0, 3.0]], requires_grad=True), torch.tensor([0])
+    dense = torch.tensor([[0.0, 0.0, 0.3, 0.7]])
+    learnt = dense.clone().requires_grad_()  # autograd goes through the formula
+    assert soft_cross_entropy_loss(z, labels, label_smoothing=0.1) >= 9e29
+    for ours, theirs in ((labels, labels), (dense, dense), (learnt, dense)):
+        got, want = (
+            soft_cross_entropy_loss(z, ours, label_smoothing=0.1),
+            F.cross_entropy(z, theirs, label_smoothing=0.1),
+        )
+        if ours is not labels:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        grads = [torch.autograd.grad(loss, z)[0] for loss in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+    def formula(z: torch.Tensor) -> torch.Tensor:
+        return soft_cross_entropy_loss(z, labels, label_smoothing=0.1)
+
+    want = torch.autograd.grad(F.cross_entropy(z, labels, label_smoothing=0.1), z)[0]
+    torch.testing.assert_close(torch.func.grad(formula)(z.detach()), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

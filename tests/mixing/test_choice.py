@@ -76,7 +76,8 @@ def test_combined_rows_are_the_policies_rows() -> None:
             assert plan.lam[i] == pytest.approx(float(plans[k].lam[i]), abs=1e-6)
             assert int(plan.partner[i]) == int(plans[k].partner[i])
         assert plan.mask is not None
-        assert torch.allclose(plan.lam, own_share(plan.mask), rtol=0, atol=1e-6)
+        bits = ((plan.mask == 0) | (plan.mask == 1)).flatten(1).all(1)  # a soft mask is rounded pixel by pixel
+        assert ((plan.lam - own_share(plan.mask)).abs() <= torch.where(bits, 0.0, 1e-6)).all()
         np.testing.assert_allclose(mixed.double().numpy(), blend_by_hand(X, plan), atol=1e-5)
 
 

@@ -92,25 +92,33 @@ def test_blend_of_a_drawn_plan(name: str) -> None:
 
 @pytest.mark.slow
 @compiling.quiet
+@pytest.mark.parametrize("per", ["batch", "sample"])
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "gridmix", "smoothmix", "fmix"])
-def test_generated_code_blends_as_eager_code(name: str) -> None:
+def test_generated_code_mixes_as_eager_code(name: str, per: str) -> None:
     """What is kept in memory once and read by each pixel is the same for every batch size and memory format."""
     compiling.need_generated_code()
-    policy = POLICIES[name]("sample")
+    policy = POLICIES[name](per)
+    with torch._inductor.config.patch(fallback_random=True):  # the draws of eager code
+        compiled = torch.compile(policy, fullgraph=True)
+        for n, memory_format in ((4, torch.contiguous_format), (6, torch.contiguous_format), (5, torch.channels_last)):
+            x = torch.rand(n, 3, 24, 31, generator=rng(n)).contiguous(memory_format=memory_format)
+            torch.manual_seed(n)
+            mixed, target = compiled(x, torch.arange(n))
+            torch.manual_seed(n)
+            again, wanted = policy(x, torch.arange(n))
+            assert torch.equal(target.labels, wanted.labels)
+            assert torch.allclose(target.weights, wanted.weights, rtol=0, atol=1e-6)
+            assert torch.allclose(mixed, again, rtol=0, atol=1e-6)
+            assert mixed.stride() == x.stride()
 
-    def blend(partner: torch.Tensor, lam: torch.Tensor, x: torch.Tensor, *where: torch.Tensor | None) -> torch.Tensor:
-        mask, box = where
-        return MixPlan(partner, lam, mask, box=box, size=None if box is None else tuple(x.shape[2:])).blend(x)
 
-    compiled = torch.compile(blend, fullgraph=True)
-    for n, memory_format in ((4, torch.contiguous_format), (6, torch.contiguous_format), (5, torch.channels_last)):
-        x = torch.rand(n, 3, 24, 31, generator=rng(n)).contiguous(memory_format=memory_format)
-        plan = policy.plan(x, generator=rng(n))
-        where = (None, plan.box) if plan.box is not None else (plan.mask, None)
-        mixed = compiled(plan.partner, plan.lam, x, *where)
-        assert torch.allclose(mixed, plan.blend(x), rtol=0, atol=1e-6)
-        assert plan.box is None or torch.equal(mixed, plan.blend(x))
-        assert mixed.stride() == x.stride()
+@pytest.mark.parametrize("name", ["cutmix", "gridmix", "resizemix", "smoothmix"])
+def test_image_sizes_are_no_constants_of_the_graph(name: str) -> None:
+    counter = Counter()
+    compiled = torch.compile(POLICIES[name]("sample"), fullgraph=True, backend=counter)
+    for size in range(8, 20):
+        compiled(torch.rand(4, 1, size, size), torch.arange(4))
+    assert counter.graphs <= 2
 
 
 @pytest.mark.parametrize("spectrum", ["isotropic", "released"])

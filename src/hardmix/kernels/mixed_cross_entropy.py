@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
 
-#: Logits whose distances from a row's label are there at a time.
+#: Differences of logits that are in memory at a time on a CPU.
 _PIECE = 1 << 18
 
 
@@ -36,7 +36,7 @@ def mixed_cross_entropy(
         labels: (N, K, *spatial) class ids in range; duplicates are one class.
         share: (N, K, *spatial) mass of each label, in float32 or wider.
         soft: further mass of all classes, broadcastable to `logits`: a dense target, or smoothing by class weights.
-        floor: further mass of each class alike: label smoothing, for which only the mean of the logits is read.
+        floor: instead of `soft`, the same mass of each class: label smoothing, which reads one mean of the logits.
         eta: factor of the regulariser.
         asymmetric: only the class of `labels[:, 0]` is regularised.
     """
@@ -101,17 +101,13 @@ def _row_of_probs(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmet
     return _Row(odds, margin, rest, differs, first)
 
 
-def _loss(
-    row: _Row, logits: Tensor, labels: Tensor, share: Tensor, soft: Tensor | None, floor: float, eta: float
-) -> Tensor:
+def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> Tensor:
     loss = (share * softplus(row.odds)).sum(0)
     if row.margin is not None:
         pull = softplus(row.margin)
         loss = loss.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
     if soft is not None:
         loss = loss - (logits.log_softmax(1, dtype=loss.dtype) * soft).sum(1)
-    if floor:
-        loss = loss.add(_all_classes(row, logits, labels[0]), alpha=floor)
     return loss
 
 
@@ -121,10 +117,11 @@ def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
     own = own.masked_fill(own == -torch.inf, 0.0)  # -log p is infinite then, whatever is added
     # Differences first: the mean of logits far from 0 has lost its digits. In pieces, they do not leave a CPU's cache.
     rows = logits.shape[0]
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if logits.device.type == "cpu":
         rows = max(1, _PIECE * rows // logits.numel())
     pieces = zip(own.split(rows), logits.split(rows), strict=True)
     below = torch.cat([(first - piece).mean(1) for first, piece in pieces])
+    # -log p is capped, so beyond 1e30 the sum could turn negative.
     return (below + softplus(row.odds[0])).clamp(min=0.0) * logits.shape[1]
 
 
@@ -137,7 +134,8 @@ def _formula(
     index = labels.movedim(0, 1)
     rest = z.scatter(1, index, torch.finfo(z.dtype).min).logsumexp(1)
     row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta, asymmetric)
-    return _loss(row, z, labels, share, soft, floor, eta)
+    loss = _loss(row, z, share, soft, eta)
+    return loss.sub(z.log_softmax(1).sum(1), alpha=floor) if floor else loss
 
 
 def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
@@ -180,7 +178,8 @@ class _MixedCrossEntropy(torch.autograd.Function):
         probs, amount, row = _split(logits, labels, eta, asymmetric)
         ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row)
         ctx.floor, ctx.eta, ctx.asymmetric = floor, eta, asymmetric
-        return _loss(row, logits, labels, share, soft, floor, eta)
+        loss = _loss(row, logits, share, soft, eta)
+        return loss.add(_all_classes(row, logits, labels[0]), alpha=floor) if floor else loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -209,12 +208,12 @@ def _gradient(row: _Row, share: Tensor, soft: Tensor | None, everywhere: float, 
     """d loss / d z of the labels (K, N, *spatial), and the factor (N, *spatial) of the softmax outside S.
 
     Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
-    target itself is left to the caller, and so is the mass that all classes share, `everywhere` in sum.
+    target itself is left to the caller, and so is the mass of each class alike, `everywhere` in sum.
     """
     total = share.sum(0)
     elsewhere = (row.differs * share).sum(1)  # mass of the other classes
     if soft is not None or everywhere:
-        further = everywhere if soft is None else soft.sum(1) + everywhere
+        further = everywhere if soft is None else soft.sum(1)
         total, elsewhere = total + further, elsewhere + further
     at_labels = elsewhere - total * row.odds.sigmoid()  # total p - mass of the class, with every digit of 1 - p
     outside = total * row.outside

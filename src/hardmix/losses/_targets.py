@@ -178,13 +178,13 @@ def class_objective(
     floor = label_smoothing / logits.shape[1]
     if label_smoothing > 0:
         share = share * (1.0 - label_smoothing)
-        soft = None if soft is None else soft * (1.0 - label_smoothing)
+        if soft is not None or weight is not None:
+            soft = share.new_full(column, floor) if soft is None else soft * (1.0 - label_smoothing) + floor
+            floor = 0.0
     if weight is not None:
         weight = weight.to(share.dtype)
         share = share * weight[labels]
-        if soft is not None or floor:
-            soft = (floor if soft is None else soft + floor) * weight.view(column)
-            floor = 0.0
+        soft = None if soft is None else soft * weight.view(column)
     loss = mixed_cross_entropy(logits, labels, share, soft, floor=floor, eta=eta, asymmetric=asymmetric)
     if asymmetric and eta > 0 and own is not None:
         # What stands in for an ignored label would be regularised in its place.

@@ -157,7 +157,7 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
     return chosen
 
 
-@torch.library.custom_op("hardmix::largest", mutates_args=())
+@torch.library.custom_op("hardmix::largest", mutates_args=(), schema="(Tensor values, Tensor keep) -> Tensor")
 def _largest_as_one(values: Tensor, keep: Tensor) -> Tensor:
     """`largest` as one operation of a compiled graph, which can't hold its loop and would have to sort whole rows."""
     return largest(values, keep)

@@ -116,6 +116,6 @@ def inner_box(side: Tensor, place: Tensor, size: tuple[int, ...]) -> Tensor:
 def axis_lengths(size: tuple[int, ...], device: torch.device) -> Tensor:
     """What (S, N) positions are multiplied with: (S, 1) float32, or () where all axes are equally long."""
     # Filled in on the device: a copy from the host would have to wait for it.
-    if len(set(size)) == 1:
+    if all(length == size[0] for length in size):  # a set would make constants of them in torch.compile
         return torch.full((), float(size[0]), device=device)
     return torch.stack([torch.full((1,), float(length), device=device) for length in size])
