@@ -56,8 +56,7 @@ class SmoothMix(Policy):
         lam = 1.0 - torch.stack([bell.mean(1) for bell in bells]).prod(0)
         mask = _without_product([settled(move(bell, x.device)) for bell in bells])[:, None]
         rows = x.shape[0]
-        plan = MixPlan(pairing.partner, lam.expand(rows).contiguous(), shift=pairing.shift).to(x.device)
-        return MixPlan(plan.partner, plan.lam, mask.expand(rows, *mask.shape[1:]), shift=plan.shift)
+        return _masked_plan(pairing, lam.expand(rows).contiguous(), mask.expand(rows, *mask.shape[1:]))
 
 
 class GridMix(Policy):
@@ -124,8 +123,7 @@ class GridMix(Policy):
         # A line for each axis travels to the device; the mask, of zeros and ones on any, is made there.
         outside = settled(move(outside, x.device))
         mask = outside_mask([line[:, :length] for line, length in zip(outside, size, strict=True)])
-        plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(x.device)
-        return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift)
+        return _masked_plan(pairing, lam, mask)
 
 
 class FMix(Policy):
@@ -175,8 +173,13 @@ class FMix(Policy):
         kept = low_frequency_mask(self._rows(pairing, keep)[:count], size, self.decay, self.spectrum, generator)
         # Bits travel to the device; the floats are made there.
         mask = move(self._rows(pairing, kept[:, None]), x.device)
-        plan = MixPlan(pairing.partner, keep.to(torch.float32) / pixels, shift=pairing.shift).to(x.device)
-        return MixPlan(plan.partner, plan.lam, mask.to(torch.float32), shift=plan.shift)
+        return _masked_plan(pairing, keep.to(torch.float32) / pixels, mask.to(torch.float32))
+
+
+def _masked_plan(pairing: Pairing, lam: Tensor, mask: Tensor) -> MixPlan:
+    """The plan of a mask that is on the batch's device already; partners and shares are moved there."""
+    plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(mask.device)
+    return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift)
 
 
 def _without_product(factors: list[Tensor]) -> Tensor:
@@ -185,7 +188,7 @@ def _without_product(factors: list[Tensor]) -> Tensor:
     out = -first
     for factor in others:
         out = out[..., None] * factor.view(factor.shape[0], *[1] * (out.ndim - 1), -1)
-    # Not addcmul, which takes four times as long where it broadcasts, and rounds once or twice by device.
+    # Not addcmul, which is several times slower where it broadcasts, and rounds once or twice by device.
     return out.add_(1.0)
 
 
