@@ -13,7 +13,7 @@ demo: $(VENV)/.ready ## the main job on real data that comes with the install; w
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
 
-test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real open_clip, timm and torchvision
+test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real open_clip, timm and torchvision; the GPU's kernels in Triton's interpreter
 	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/.ready ## formatting, lint and types
@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt torch
-	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,open-clip,timm,torchvision]'
+	$(INTEGRATIONS)/bin/python -m pip install -q -c constraints.txt -c constraints-integrations.txt -e '.[train,dev,open-clip,timm,torchvision]' 'triton; sys_platform == "linux"'
 	touch $@
 
 clean: ## remove the environment and caches, keep runs

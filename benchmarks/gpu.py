@@ -26,6 +26,7 @@ from hardmix import mixing
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 POLICIES = ("Mixup", "CutMix", "FMix", "GridMix", "ResizeMix", "SmoothMix")
+PAIR = "hardmix DM, pair"
 ROUNDS = 7
 ROTATED_BYTES = 256 * 2**20  # several times the L2 cache of any card
 
@@ -90,7 +91,8 @@ def loss_rows(shape: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     target = type(target)(*(part.cuda() for part in target))
     dense = dense.to("cuda", dtype)
     rows = []
-    for name, case in CASES.items():
+    compiled = torch.compile(lambda z, t, d: CASES[PAIR](z, t, d), fullgraph=True, dynamic=False)
+    for name, case in {**CASES, f"{PAIR}, compiled": compiled}.items():
 
         def step(case: Any = case) -> None:
             z.grad = None
@@ -98,6 +100,7 @@ def loss_rows(shape: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 
         step()
         torch.cuda.synchronize()
+        z.grad = None
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
+from hardmix.kernels.gpu import has_kernels
 
 #: Differences of logits that are in memory at a time on a CPU.
 _PIECE = 1 << 18
+#: Labels that the kernel of a GPU compares with each other in its registers.
+_MOST_LABELS = 16
 
 
 def mixed_cross_entropy(
@@ -19,17 +22,19 @@ def mixed_cross_entropy(
     share: Tensor,
     soft: Tensor | None = None,
     *,
+    ignored: int | None = None,
     floor: float = 0.0,
     eta: float = 0.0,
     asymmetric: bool = False,
-) -> Tensor:
-    """Unreduced loss of every row (N, *spatial), in float32 or wider.
+) -> tuple[Tensor, Tensor | None]:
+    """Unreduced loss of every row (N, *spatial), in float32 or wider, and the rows that count; None: all.
 
         l = -sum_k share_k log p_{y_k} - sum_c (soft_c + floor) log p_c + eta sum_{i in S} softplus(r - z_i)
         S = distinct labels of the row (the last sum only where there are two or more),  r = logsumexp_{c not in S} z_c
 
     All that a row needs is r and the K logits of its labels, so the gradient outside S is one number per row times the
-    softmax outside S, whatever eta is: backward reads one (N, C) tensor and writes one.
+    softmax outside S, whatever eta is: backward reads one (N, C) tensor and writes one. Rows of logits (N, C) on a GPU
+    take one kernel each way; a class that is not there gives NaN then.
 
     Args:
         logits: (N, C, *spatial), any float dtype.
@@ -38,15 +43,53 @@ def mixed_cross_entropy(
         soft: further mass of all classes, broadcastable to `logits`: a dense target, or smoothing by class weights.
         floor: instead of `soft`, the same mass of each class: label smoothing, which reads one mean of the logits.
         eta: factor of the regulariser.
+        ignored: a label that stands for none, where `takes_ignored`; a row that holds no other has loss 0.
         asymmetric: only the class of `labels[:, 0]` is regularised.
     """
+    if _fused(logits, share, soft):
+        labels, share = labels.contiguous(), share.contiguous()
+        loss, counted = _FusedCrossEntropy.apply(logits, labels, share, soft, ignored, floor, eta, asymmetric)
+        return loss, None if ignored is None else counted
     # K first from here on: sums over K are then over whole rows of memory.
     labels, share = labels.movedim(1, 0).contiguous(), share.movedim(1, 0).contiguous()
-    learnt = share.requires_grad or (soft is not None and soft.requires_grad)
-    if torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()):
-        # The compiler fuses the formula by itself; a target with a gradient is rare, so autograd does it.
-        return _formula(logits, labels, share, soft, floor, eta, asymmetric)
-    return _MixedCrossEntropy.apply(logits, labels, share, soft, floor, eta, asymmetric)
+    by_hand = _by_hand(share, soft)
+    loss = _MixedCrossEntropy.apply if by_hand else _formula
+    return loss(logits, labels, share, soft, floor, eta, asymmetric), None
+
+
+def takes_ignored(logits: Tensor, share: Tensor) -> bool:
+    """Whether `mixed_cross_entropy` takes labels that may be ignored: the kernel of a GPU finds them as it goes."""
+    return _fused(logits, share, None)
+
+
+def without_ignored(labels: Tensor, share: Tensor, ignored: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels and share (N, K, *spatial) with `ignored` taken out; rows that count and rows whose first label does.
+
+    A label that is not there becomes a duplicate of one that is, so that it is neither regularised nor left out of r.
+    """
+    kept = labels != ignored
+    share = share * kept
+    present = share != 0
+    counted = present.any(1) | kept.all(1)
+    if labels.ndim == 2:
+        # A sample keeps its pair whatever lambda is; 1 - lambda rounds to 0 in one draw of fifty from Beta(0.2, 0.2).
+        present = kept
+    instead = labels.gather(1, present.byte().argmax(1, keepdim=True))
+    labels = torch.where(present, labels, instead).masked_fill(~counted[:, None], 0)
+    return labels, share, counted, present[:, 0]
+
+
+def _by_hand(share: Tensor, soft: Tensor | None) -> bool:
+    """Whether the gradient is written out. The compiler fuses the formula by itself; a target with a gradient is rare,
+    so autograd does it."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return not (torch.is_grad_enabled() and (share.requires_grad or (soft is not None and soft.requires_grad)))
+
+
+def _fused(logits: Tensor, share: Tensor, soft: Tensor | None) -> bool:
+    fits = logits.is_cuda and logits.ndim == 2 and logits.dtype != torch.float64 and share.shape[1] <= _MOST_LABELS
+    return fits and _by_hand(share, soft) and has_kernels(logits.device)
 
 
 class _Row(NamedTuple):
@@ -138,6 +181,26 @@ def _formula(
     return loss.sub(z.log_softmax(1).sum(1), alpha=floor) if floor else loss
 
 
+def _formula_with_ignored(
+    logits: Tensor,
+    labels: Tensor,
+    share: Tensor,
+    soft: Tensor | None,
+    ignored: int | None,
+    floor: float,
+    eta: float,
+    asymmetric: bool,
+) -> Tensor:
+    """The same of labels (N, K) that may be ignored."""
+    if ignored is None:
+        return _formula(logits, labels.T, share.T, soft, floor, eta, asymmetric)
+    labels, share, counted, own = without_ignored(labels, share, ignored)
+    loss = _formula(logits, labels.T, share.T, soft, floor, eta, asymmetric)
+    if asymmetric:
+        loss = torch.where(own, loss, _formula(logits, labels.T, share.T, soft, floor, 0.0, asymmetric))
+    return torch.where(counted, loss, 0.0)
+
+
 def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
     """exp(z) outside S and 0 inside, (N, C, *spatial), in a unit of its own per row; its sum (N, *spatial); the row."""
     dtype, index = wide(logits.dtype), labels.movedim(0, 1)
@@ -187,7 +250,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
             loss = _formula(logits, labels, share, soft, ctx.floor, ctx.eta, ctx.asymmetric)
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, None, None, None, None, None, None
+            return grad, *[None] * 6
         at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
@@ -201,7 +264,45 @@ class _MixedCrossEntropy(torch.autograd.Function):
             grad.addcmul_(grad_loss[:, None], soft, value=-1.0)
         if ctx.floor:
             grad.sub_((grad_loss * ctx.floor)[:, None])
-        return grad.to(logits.dtype), None, None, None, None, None, None
+        return grad.to(logits.dtype), *[None] * 6
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        share: Tensor,
+        soft: Tensor | None,
+        ignored: int | None,
+        floor: float,
+        eta: float,
+        asymmetric: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from hardmix.kernels.mixed_cross_entropy_gpu import forward
+
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        with torch.cuda.device_of(logits):
+            loss, kept = forward(logits, labels, share, soft, ignored, floor, eta, asymmetric)
+        ctx.save_for_backward(logits, labels, share, soft, *kept)
+        ctx.settings = ignored, floor, eta, asymmetric
+        ctx.mark_non_differentiable(kept.counted)
+        return loss, kept.counted
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        from hardmix.kernels.mixed_cross_entropy_gpu import Kept, backward
+
+        logits, labels, share, soft, *kept = ctx.saved_tensors
+        ignored, floor, eta, asymmetric = ctx.settings
+        if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
+            loss = _formula_with_ignored(logits, labels, share, soft, ignored, floor, eta, asymmetric)
+            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+            return grad, *[None] * 7
+        with torch.cuda.device_of(logits):
+            grad = backward(grad_loss, logits, labels, soft, Kept(*kept), ignored, floor)
+        return grad, *[None] * 7
 
 
 def _gradient(row: _Row, share: Tensor, soft: Tensor | None, everywhere: float, eta: float) -> tuple[Tensor, Tensor]:

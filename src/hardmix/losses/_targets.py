@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check, _math
-from hardmix.kernels.mixed_cross_entropy import mixed_cross_entropy
+from hardmix.kernels.mixed_cross_entropy import mixed_cross_entropy, takes_ignored, without_ignored
 from hardmix.mixing.target import MixedTarget, spread
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -24,6 +24,7 @@ class ClassTarget(NamedTuple):
         dense: (N, C, *spatial) shares of all classes, which then stand for `weights`; or None.
         counted: (N, *spatial) rows that the mean is over; None: all.
         own: (N, *spatial) rows whose first label counts; None: all, or the others are one label anyway.
+        ignored: the label that does not count and is still among `labels`; None: it is not.
     """
 
     labels: Tensor
@@ -31,6 +32,7 @@ class ClassTarget(NamedTuple):
     dense: Tensor | None = None
     counted: Tensor | None = None
     own: Tensor | None = None
+    ignored: int | None = None
 
 
 def check_options(
@@ -75,13 +77,18 @@ def check_logits(who: str, logits: object, weight: Tensor | None, min_classes: i
     return z
 
 
-def class_target(who: str, logits: Tensor, target: object, ignore_index: int, num_mixed: int = 2) -> ClassTarget:
-    """Any accepted target as class ids. Of dense soft labels the `num_mixed` largest classes are the mixed ones."""
+def class_target(
+    who: str, logits: Tensor, target: object, ignore_index: int, num_mixed: int = 2, leave: bool = False
+) -> ClassTarget:
+    """Any accepted target as class ids. Of dense soft labels the `num_mixed` largest classes are the mixed ones.
+
+    `leave`: ignored labels may stay where the objective finds them itself.
+    """
     dtype = _math.wide(logits.dtype)
     if not isinstance(target, MixedTarget):
         y = _target_tensor(who, logits, target)
         if not y.is_floating_point():
-            return _ids(who, logits, y[:, None], torch.ones_like(y[:, None], dtype=dtype), ignore_index)
+            return _ids(who, logits, y[:, None], torch.ones_like(y[:, None], dtype=dtype), ignore_index, leave)
         dense = y.to(dtype)
         if num_mixed == 0:
             none = torch.zeros_like(dense[:, :1])
@@ -95,7 +102,7 @@ def class_target(who: str, logits: Tensor, target: object, ignore_index: int, nu
         dense = (labels * weights[..., None]).sum(1)
         labels = labels.argmax(2)
         return ClassTarget(labels, torch.zeros_like(labels, dtype=dtype), dense)
-    return _ids(who, logits, labels, weights, ignore_index)
+    return _ids(who, logits, labels, weights, ignore_index, leave)
 
 
 def mixed_parts(who: str, logits: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
@@ -173,7 +180,10 @@ def class_objective(
             f"{who}: asymmetric is True but dense soft labels do not say which class is the labelled one; "
             "pass a MixedTarget with it first."
         )
-    labels, share, soft, counted, own = class_target(who, logits, target, ignore_index, 2 if eta > 0 else 0)
+    # Shares are what tells that a label is there, so they have to come as they are.
+    leave = weight is None and label_smoothing < 1.0
+    num_mixed = 2 if eta > 0 else 0
+    labels, share, soft, counted, own, ignored = class_target(who, logits, target, ignore_index, num_mixed, leave)
     column = (1, logits.shape[1], *[1] * (logits.ndim - 2))
     floor = label_smoothing / logits.shape[1]
     if label_smoothing > 0:
@@ -185,31 +195,28 @@ def class_objective(
         weight = weight.to(share.dtype)
         share = share * weight[labels]
         soft = None if soft is None else soft * weight.view(column)
-    loss = mixed_cross_entropy(logits, labels, share, soft, floor=floor, eta=eta, asymmetric=asymmetric)
+    loss, found = mixed_cross_entropy(
+        logits, labels, share, soft, ignored=ignored, floor=floor, eta=eta, asymmetric=asymmetric
+    )
+    if found is not None:
+        return _math.reduce(loss, reduction, found)
     if asymmetric and eta > 0 and own is not None:
         # What stands in for an ignored label would be regularised in its place.
-        loss = torch.where(own, loss, mixed_cross_entropy(logits, labels, share, soft, floor=floor))
+        loss = torch.where(own, loss, mixed_cross_entropy(logits, labels, share, soft, floor=floor)[0])
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
     return _math.reduce(loss, reduction, counted)
 
 
-def _ids(who: str, logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int) -> ClassTarget:
-    """Class ids with the ignored ones taken out."""
+def _ids(who: str, logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int, leave: bool) -> ClassTarget:
+    """Class ids with the ignored ones taken out, or left in."""
+    if leave and takes_ignored(logits, weights):
+        return ClassTarget(labels, weights, ignored=ignore_index)
     all_classes = _check.classes_in_range(who, "target", labels, logits.shape[1], ignore_index)
     if logits.ndim == 2 and all_classes and not 0 <= ignore_index < logits.shape[1]:
         return ClassTarget(labels, weights)  # nothing is ignored, and nothing more to do
-    kept = labels != ignore_index
-    weights = weights * kept
-    present = weights != 0
-    counted = present.any(1) | kept.all(1)
-    if logits.ndim == 2:
-        # A sample keeps its pair whatever lambda is; 1 - lambda rounds to 0 in one draw of fifty from Beta(0.2, 0.2).
-        present = kept
-    # A label that is not there becomes a duplicate of one that is, so that it is neither regularised nor left out of r.
-    instead = labels.gather(1, present.byte().argmax(1, keepdim=True))
-    labels = torch.where(present, labels, instead).masked_fill(~counted[:, None], 0)
-    return ClassTarget(labels, weights, None, counted, present[:, 0] if labels.shape[1] > 2 else None)
+    labels, weights, counted, own = without_ignored(labels, weights, ignore_index)
+    return ClassTarget(labels, weights, None, counted, own if labels.shape[1] > 2 else None)
 
 
 def _target_tensor(who: str, logits: Tensor, target: object) -> Tensor:

@@ -66,8 +66,9 @@ def decoupled_mixup_loss(
 
     Raises:
         TypeError: float (regression) labels, integer logits, another kind of target.
-        ValueError: sizes or devices disagree, an empty batch, one class only, a class out of range (looked at on the
-            CPU only), a setting out of its range, `asymmetric` with dense soft labels.
+        ValueError: sizes or devices disagree, an empty batch, one class only, a class out of range (on the CPU;
+            a GPU isn't waited for: there the loss is NaN, or the device asserts), a setting out of its range,
+            `asymmetric` with dense soft labels.
 
     Reference: Liu et al. 2023, "Harnessing Hard Mixed Samples with Decoupled Regularizer" (arXiv:2203.10761). The
     released code leaves R out at lambda = 0.5 and within 1e-3 of 0 and 1, needs one lambda per batch, scales eta by a

@@ -42,8 +42,8 @@ def soft_cross_entropy_loss(
 
     Raises:
         TypeError: float (regression) labels, integer logits, another kind of target.
-        ValueError: sizes or devices disagree, an empty batch, one class only, a class out of range (looked at on the
-            CPU only), a setting out of its range.
+        ValueError: sizes or devices disagree, an empty batch, one class only, a class out of range (on the CPU; a
+            GPU isn't waited for: there the loss is NaN, or the device asserts), a setting out of its range.
 
     Reference: Zhang et al. 2018, eq. 1 with the cross entropy (arXiv:1710.09412).
 

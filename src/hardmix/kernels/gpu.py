@@ -1,0 +1,31 @@
+"""Whether kernels of our own can be compiled for a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton, which torch's builds for GPUs bring, can compile for `device`: it needs a C compiler.
+
+    Without it the same numbers come from tensor operations, more slowly; a warning says so once.
+    """
+    try:
+        from hardmix.kernels.mixed_cross_entropy_gpu import forward
+    except ImportError:
+        return False
+    try:
+        with torch.cuda.device(device):
+            logits, labels = torch.zeros(1, 2, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
+            forward(logits, labels, logits[:, :1].contiguous(), None, None, 0.0, 0.0, False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"hardmix: Triton can't compile kernels here ({reason}); losses take more time.", stacklevel=2)
+        return False
+    return True
