@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from types import ModuleType
 
 import pytest
@@ -12,7 +11,11 @@ from torch import Tensor
 
 from hardmix.kernels.gpu import has_kernels
 from hardmix.kernels.mixed_cross_entropy import _formula_with_ignored
+from hardmix.mixing import MixedTarget
 from integrations.conftest import peer
+
+# The interpreter computes with NumPy, which speaks of each infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SHAPES = [(5, 7, 1), (6, 10, 2), (4, 3, 2), (4, 2, 2), (5, 9, 3), (2, 5000, 2), (3, 4, 4)]
 EPS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -48,10 +51,8 @@ def both(
     wide = None if soft is None else soft.double()
     loss = _formula_with_ignored(exact, labels, share.double(), wide, ignored, floor, eta, asymmetric)
     loss.backward(slope.double())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter's NumPy speaks of each infinity
-        got, kept = kernels.forward(z, labels, share, soft, ignored, floor, eta, asymmetric)
-        grad = kernels.backward(slope, z, labels, soft, kept, ignored, floor)
+    got, kept = kernels.forward(z, labels, share, soft, ignored, floor, eta, asymmetric)
+    grad = kernels.backward(slope, z, labels, soft, kept, ignored, floor)
     return [(loss.detach(), exact.grad), (got.double(), grad.double())]
 
 
@@ -89,9 +90,7 @@ def test_ignored_labels(kernels: ModuleType, ignored: int, asymmetric: bool) -> 
     close(pairs)
     assert pairs[1][0][4] == 0
     assert not pairs[1][1][4].any()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        _, kept = kernels.forward(z, labels, share, None, i, 0.0, 0.1, asymmetric)
+    _, kept = kernels.forward(z, labels, share, None, i, 0.0, 0.1, asymmetric)
     assert kept.counted.tolist() == [True, True, True, True, False, True]
 
 
@@ -136,6 +135,23 @@ def test_extremes_are_what_tensor_operations_make_of_them(kernels: ModuleType, d
         finite = loss.isfinite()
         assert torch.allclose(grad[finite], slope[finite], rtol=0, atol=2 * EPS[dtype])
         assert torch.equal(grad.isnan().any(1), slope.isnan().any(1))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 5000, 9000])
+def test_two_largest_are_those_of_from_dense(kernels: ModuleType, classes: int) -> None:
+    labels, lam = torch.randint(classes, (8, 2), generator=torch.Generator().manual_seed(classes)), torch.rand(8)
+    labels[0, 1], labels[1] = labels[0, 0], torch.tensor([classes - 1, 0])
+    lam[2], lam[3] = 0.0, 1.0
+    for smoothing in (0.0, 0.1):
+        target = MixedTarget(labels, torch.stack([lam, 1 - lam], 1))
+        dense = target.dense(classes, smoothing=smoothing)
+        found = kernels.two_largest(dense)
+        assert torch.equal(found.sort(1).values, MixedTarget.from_dense(dense).labels.sort(1).values)
+    flat = kernels.two_largest(torch.full((2, classes), 1 / classes))
+    missing = kernels.two_largest(torch.full((2, classes), torch.nan))
+    for rows in (flat if classes > 2 else flat[:0], missing):
+        assert torch.equal(rows[:, 0], rows[:, 1])
+        assert ((rows >= 0) & (rows < classes)).all()
 
 
 @pytest.mark.parametrize("wrong", [-1, 8])

@@ -29,3 +29,8 @@ def has_kernels(device: torch.device) -> bool:
         warnings.warn(f"hardmix: Triton can't compile kernels here ({reason}); losses take more time.", stacklevel=2)
         return False
     return True
+
+
+def fits_kernels(logits: torch.Tensor) -> bool:
+    """Whether rows of logits can go to kernels of our own: (N, C) on a GPU, in float32 or a half type."""
+    return logits.is_cuda and logits.ndim == 2 and logits.dtype != torch.float64 and has_kernels(logits.device)

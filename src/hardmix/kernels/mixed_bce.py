@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
+from hardmix.kernels.gpu import fits_kernels
 
 
 def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Unreduced loss of every row (N, *spatial), in float32 or wider.
 
         l = sum_c weight_c [t_c softplus(-z_c) + (1 - t_c) softplus(z_c)]
+
+    Rows of logits (N, C) on a GPU take one kernel each way; a class that is not there gives NaN then.
 
     Args:
         logits: (N, C, *spatial), any float dtype.
@@ -22,12 +25,14 @@ def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weig
         labels: (N, K, *spatial) class ids in range, or None. Duplicates must have one and the same target.
         weight: (C,) factor of each class.
     """
-    if weight is not None:
-        weight = weight.to(target.dtype).view(1, -1, *[1] * (logits.ndim - 2))
     learnt = target.requires_grad or (weight is not None and weight.requires_grad)
-    if torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()):
-        return _formula(logits, target, labels, weight)
-    return _MixedBCE.apply(logits, target, labels, weight)
+    by_hand = not (torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()))
+    weight = None if weight is None else weight.to(target.dtype)
+    if by_hand and fits_kernels(logits):
+        return _FusedBCE.apply(logits, target.contiguous(), labels, weight)
+    if weight is not None:
+        weight = weight.view(1, -1, *[1] * (logits.ndim - 2))
+    return (_MixedBCE.apply if by_hand else _formula)(logits, target, labels, weight)
 
 
 def _formula(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -70,3 +75,27 @@ class _MixedBCE(torch.autograd.Function):
         if weight is not None:
             grad.mul_(weight)
         return grad.to(logits.dtype), None, None, None
+
+
+class _FusedBCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
+        from hardmix.kernels.mixed_bce_gpu import forward
+
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        labels, weight = (None if x is None else x.contiguous() for x in (labels, weight))
+        ctx.save_for_backward(logits, target, labels, weight)
+        with torch.cuda.device_of(logits):
+            return forward(logits, target, labels, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        from hardmix.kernels.mixed_bce_gpu import backward
+
+        logits, target, labels, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
+            loss = _formula(logits, target, labels, weight)
+            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+            return grad, None, None, None
+        with torch.cuda.device_of(logits):
+            return backward(grad_loss, logits, target, labels, weight), None, None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
-from hardmix.kernels.gpu import has_kernels
+from hardmix.kernels.gpu import fits_kernels
 
 #: Differences of logits that are in memory at a time on a CPU.
 _PIECE = 1 << 18
@@ -62,6 +62,16 @@ def takes_ignored(logits: Tensor, share: Tensor) -> bool:
     return _fused(logits, share, None)
 
 
+def two_largest(logits: Tensor, dense: Tensor) -> Tensor | None:
+    """Labels (N, 2) of soft labels (N, C) of `logits`, found by a kernel of the GPU; None where there is none."""
+    if not (_by_hand(dense.detach(), None) and fits_kernels(logits)):
+        return None
+    from hardmix.kernels.mixed_cross_entropy_gpu import two_largest as find
+
+    with torch.cuda.device_of(dense):
+        return find(dense.detach())
+
+
 def without_ignored(labels: Tensor, share: Tensor, ignored: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels and share (N, K, *spatial) with `ignored` taken out; rows that count and rows whose first label does.
 
@@ -88,8 +98,7 @@ def _by_hand(share: Tensor, soft: Tensor | None) -> bool:
 
 
 def _fused(logits: Tensor, share: Tensor, soft: Tensor | None) -> bool:
-    fits = logits.is_cuda and logits.ndim == 2 and logits.dtype != torch.float64 and share.shape[1] <= _MOST_LABELS
-    return fits and _by_hand(share, soft) and has_kernels(logits.device)
+    return _by_hand(share, soft) and share.shape[1] <= _MOST_LABELS and fits_kernels(logits)
 
 
 class _Row(NamedTuple):

@@ -32,12 +32,17 @@ class Kept(NamedTuple):
 
 
 @triton.jit
-def _softplus(x):
+def log1p_exp(x):
+    """log(1 + exp(x)) of x <= 0."""
     # log1p from log: what 1 + u loses of u is put back by the quotient.
-    u = tl.exp(-tl.abs(x))
+    u = tl.exp(x)
     w = 1.0 + u
-    log1p = tl.where(w == 1.0, u, tl.log(w) * u / tl.where(w == 1.0, 1.0, w - 1.0))
-    return tl.maximum(x, 0.0) + log1p
+    return tl.where(w == 1.0, u, tl.log(w) * u / tl.where(w == 1.0, 1.0, w - 1.0))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + log1p_exp(-tl.abs(x))
 
 
 @triton.jit
@@ -204,6 +209,49 @@ def _backward(
     slope = (slope - floor) * tl.load(grad_loss + row * loss_stride)
     slope = tl.where(tl.load(counts + row), slope, 0.0)
     tl.store(grad + row * classes + cols, slope.to(grad.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _two_largest(dense, stride, labels, classes, eps, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first, second = -float("inf"), -float("inf")
+    least = float("inf")
+    i, j = 0, 0
+    for start in range(0, classes, block):
+        cols = start + tl.arange(0, block)
+        there = cols < classes
+        t = tl.load(dense + row * stride + cols, mask=there, other=-float("inf"))
+        least = tl.minimum(least, tl.min(tl.where(there, t, float("inf")), 0))
+        high = tl.max(t, 0)
+        at = tl.min(tl.where(t == high, cols, classes), 0)
+        t = tl.where(cols == at, -float("inf"), t)
+        next_high = tl.max(t, 0)
+        next_at = tl.min(tl.where(t == next_high, cols, classes), 0)
+        # The two largest of what was there and of this block.
+        leads = high > first
+        rival = tl.where(leads, tl.where(first >= next_high, first, next_high), high)
+        rival_at = tl.where(leads, tl.where(first >= next_high, i, next_at), at)
+        replaced = leads | (rival > second)
+        second, j = tl.where(replaced, rival, second), tl.where(replaced, rival_at, j)
+        first, i = tl.where(leads, high, first), tl.where(leads, at, i)
+    # As `MixedTarget.from_dense`: what is left of the floor after rounding is not a second class.
+    floor = tl.where(classes > 2, least, 0.0)
+    absent = second - floor <= 4.0 * eps * (tl.abs(floor) + (first - floor) + (second - floor))
+    tl.store(labels + 2 * row, i)
+    tl.store(labels + 2 * row + 1, tl.where(absent | (j >= classes), i, j))
+
+
+def two_largest(dense: Tensor) -> Tensor:
+    """The labels (N, 2) that `MixedTarget.from_dense` finds in soft labels (N, C) in float32."""
+    rows, classes = dense.shape
+    labels = torch.empty(rows, 2, dtype=torch.long, device=dense.device)
+    block = min(triton.next_power_of_2(classes), 4096)
+    dense = dense if dense.stride(1) == 1 else dense.contiguous()
+    eps = torch.finfo(torch.float32).eps
+    _two_largest[(rows,)](
+        dense, dense.stride(0), labels, classes, eps, block=block, num_warps=max(1, min(8, block // 256))
+    )
+    return labels
 
 
 def forward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check, _math
-from hardmix.kernels.mixed_cross_entropy import mixed_cross_entropy, takes_ignored, without_ignored
+from hardmix.kernels.mixed_cross_entropy import mixed_cross_entropy, takes_ignored, two_largest, without_ignored
 from hardmix.mixing.target import MixedTarget, spread
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -93,6 +93,9 @@ def class_target(
         if num_mixed == 0:
             none = torch.zeros_like(dense[:, :1])
             return ClassTarget(none.long(), none, dense)
+        found = two_largest(logits, dense) if num_mixed == 2 else None
+        if found is not None:
+            return ClassTarget(found, torch.zeros_like(found, dtype=dtype), dense)
         rows = dense.movedim(1, -1).reshape(-1, logits.shape[1])
         labels = MixedTarget.from_dense(rows.detach(), num_mixed).labels  # (N * pixels, K)
         labels = labels.view(logits.shape[0], *logits.shape[2:], num_mixed).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""The GPU's kernels of the mixed cross entropy, through the objectives. Skipped without one."""
+"""The GPU's kernels, through the objectives for classes. Skipped without one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import hardmix.kernels.mixed_bce as binary
 import hardmix.kernels.mixed_cross_entropy as kernel
-from hardmix.losses import decoupled_mixup_loss, soft_cross_entropy_loss
+from hardmix.losses import decoupled_mixup_bce_loss, decoupled_mixup_loss, soft_cross_entropy_loss
 from hardmix.mixing import MixedTarget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,6 +70,21 @@ def test_every_setting_is_what_the_cpu_computes_in_float64(name: str, settings: 
     assert (grad.double().cpu() - slope).abs().max() <= eps * slope.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"xi": 0.8, "t": 0.5}, {"weight": torch.linspace(0.0, 2.0, 50)}], ids=str)
+@pytest.mark.parametrize("name", targets(1, 50))
+def test_the_binary_form_is_what_the_cpu_computes_in_float64(name: str, settings: dict, dtype: torch.dtype) -> None:
+    z = (torch.randn(33, 50, generator=torch.Generator().manual_seed(0)) * 8).to(dtype)
+    target = targets(33, 50)[name]
+    there = {key: to_gpu(value) for key, value in settings.items()}
+    loss, slope = step(decoupled_mixup_bce_loss, z.double(), target, settings)
+    got, grad = step(decoupled_mixup_bce_loss, z.cuda(), to_gpu(target), there)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double().cpu(), loss, rtol=3e-6, atol=3e-6)
+    eps = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+    assert (grad.double().cpu() - slope).abs().max() <= eps * slope.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(64, 1000), (5, 21843), (3, 2), (1, 4097)], ids=str)
 def test_any_number_of_classes(shape: tuple[int, int]) -> None:
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 8
@@ -77,6 +93,8 @@ def test_any_number_of_classes(shape: tuple[int, int]) -> None:
         (decoupled_mixup_loss, {}),
         (decoupled_mixup_loss, {"label_smoothing": 0.1}),
         (soft_cross_entropy_loss, {}),
+        (lambda z, target: decoupled_mixup_loss(z, target.dense(z.shape[1], smoothing=0.1)), {}),
+        (decoupled_mixup_bce_loss, {}),
     ):
         loss, slope = step(criterion, z.double(), target, settings)
         got, grad = step(criterion, z.cuda(), to_gpu(target), settings)
@@ -85,18 +103,22 @@ def test_any_number_of_classes(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"ignore_index": 3, "asymmetric": True}, {"label_smoothing": 0.1}], ids=str)
-def test_second_derivatives_and_tensor_operations_agree(settings: dict, monkeypatch) -> None:
+@pytest.mark.parametrize("criterion", [decoupled_mixup_loss, decoupled_mixup_bce_loss], ids=["softmax", "binary"])
+def test_second_derivatives_and_tensor_operations_agree(criterion, settings: dict, monkeypatch) -> None:
+    if criterion is decoupled_mixup_bce_loss:
+        settings = {"xi": 0.8}
     z = torch.randn(9, 12, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     target = to_gpu(targets(9, 12)["3 labels"])
 
     def both() -> tuple[Tensor, Tensor]:
         at = z.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(decoupled_mixup_loss(at, target, **settings), at, create_graph=True)
+        (slope,) = torch.autograd.grad(criterion(at, target, **settings), at, create_graph=True)
         slope.square().sum().backward()
         return slope.detach(), at.grad
 
     kernels = both()
-    monkeypatch.setattr(kernel, "has_kernels", lambda device: False)
+    monkeypatch.setattr(binary, "fits_kernels", lambda logits: False)
+    monkeypatch.setattr(kernel, "fits_kernels", lambda logits: False)
     for mine, theirs in zip(kernels, both(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
 
