@@ -128,6 +128,9 @@ def test_columns_apart_no_gradient_and_a_class_that_is_not_there() -> None:
     target = to_gpu(targets(12, 9)["2 labels"])
     with torch.no_grad():
         assert torch.equal(decoupled_mixup_loss(z, target), decoupled_mixup_loss(z.contiguous(), target))
+        dense = target.dense(9, smoothing=0.1)
+        apart = dense.T.contiguous().T
+        assert torch.equal(decoupled_mixup_loss(z, apart), decoupled_mixup_loss(z, dense))
     wrong = torch.arange(12, device="cuda")
     losses = decoupled_mixup_loss(z, wrong, reduction="none")
     assert losses.isnan().tolist() == [label >= 9 for label in range(12)]

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hardmix.kernels import mixed_bce
 from hardmix.kernels.mixed_bce import _formula
+from hardmix.losses import decoupled_mixup_bce_loss
+from hardmix.mixing import MixedTarget
 from integrations.conftest import peer
 
 # The interpreter computes with NumPy, which speaks of each infinity.
@@ -77,3 +80,26 @@ def test_infinite_and_missing_numbers(kernels: ModuleType) -> None:
 def test_a_class_that_is_not_there_gives_nan(kernels: ModuleType, wrong: int) -> None:
     loss = kernels.forward(torch.zeros(2, 3), torch.ones(2, 1), torch.tensor([[1], [wrong]]), None)
     assert loss.isnan().tolist() == [False, True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/device does this where there is a GPU")
+@pytest.mark.parametrize("settings", [{}, {"xi": 0.8}, {"weight": torch.linspace(0.0, 2.0, 9)}], ids=str)
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_objective_is_the_same_with_kernels_and_without(
+    kernels: ModuleType, dense: bool, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, gradient and second derivative."""
+    rng = torch.Generator().manual_seed(0)
+    pair = MixedTarget(torch.randint(9, (12, 2), generator=rng), torch.tensor([[0.3, 0.7]]).repeat(12, 1))
+    target = pair.dense(9).T.contiguous().T if dense else pair
+    logits, found = torch.randn(9, 12, generator=rng).T, []
+    for fits in (False, True):
+        monkeypatch.setattr(mixed_bce, "fits_kernels", lambda logits, fits=fits: fits)
+        z = logits.clone().requires_grad_()
+        loss = decoupled_mixup_bce_loss(z, target, **settings)
+        plain = torch.autograd.grad(loss, z, retain_graph=True)[0]
+        (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), z)
+        found.append((loss.detach(), plain, grad.detach(), second))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hardmix.kernels import mixed_cross_entropy
 from hardmix.kernels.gpu import has_kernels
 from hardmix.kernels.mixed_cross_entropy import _formula_with_ignored
+from hardmix.losses import decoupled_mixup_loss
 from hardmix.mixing import MixedTarget
 from integrations.conftest import peer
 
@@ -160,6 +162,51 @@ def test_a_class_that_is_not_there_gives_nan(kernels: ModuleType, wrong: int) ->
     labels[1, 1] = wrong
     loss, _ = kernels.forward(z, labels, share, None, None, 0.0, 0.1, False)
     assert loss.isnan().tolist() == [False, True, False]
+
+
+WEIGHT = torch.linspace(0.0, 2.0, 9)
+SETTINGS = [
+    {},
+    {"asymmetric": True, "ignore_index": 3},
+    {"label_smoothing": 0.1, "ignore_index": -1},
+    {"label_smoothing": 1.0, "ignore_index": 3},
+    {"weight": WEIGHT, "ignore_index": 3, "reduction": "sum"},
+    {"weight": WEIGHT, "label_smoothing": 0.1, "reduction": "none"},
+]
+
+
+def targets() -> dict[str, Tensor | MixedTarget]:
+    _, labels, share = batch(12, 9, 3)
+    labels[0], labels[1, 0], labels[2, 1:] = 3, 3, 3
+    found: dict[str, Tensor | MixedTarget] = {
+        f"{k} labels": MixedTarget(labels[:, :k], share[:, :k] / share[:, :k].sum(1, keepdim=True)) for k in (1, 2, 3)
+    }
+    dense = found["2 labels"].dense(9, smoothing=0.1)
+    return {**found, "ids": labels[:, 0].int(), "dense": dense, "dense, columns apart": dense.T.contiguous().T}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/device does this where there is a GPU")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", targets())
+def test_an_objective_is_the_same_with_kernels_and_without(
+    kernels: ModuleType, name: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, gradient and second derivative."""
+    target = targets()[name]
+    if name.startswith("dense") and settings.get("asymmetric"):
+        pytest.skip("refused: dense labels do not say which class is the labelled one")
+    logits, slope = batch(12, 9, 3)[0].T.contiguous().T, torch.linspace(0.5, 1.5, 12)
+    found = []
+    for fits in (False, True):
+        monkeypatch.setattr(mixed_cross_entropy, "fits_kernels", lambda logits, fits=fits: fits)
+        z = logits.clone().requires_grad_()
+        loss = decoupled_mixup_loss(z, target, **settings)
+        plain = torch.autograd.grad((loss * slope).sum(), z, retain_graph=True)[0]
+        (grad,) = torch.autograd.grad((loss * slope).sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), z)
+        found.append((loss.detach(), plain, grad.detach(), second))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can compile here")

@@ -34,3 +34,9 @@ def has_kernels(device: torch.device) -> bool:
 def fits_kernels(logits: torch.Tensor) -> bool:
     """Whether rows of logits can go to kernels of our own: (N, C) on a GPU, in float32 or a half type."""
     return logits.is_cuda and logits.ndim == 2 and logits.dtype != torch.float64 and has_kernels(logits.device)
+
+
+def rows_together(x: torch.Tensor) -> torch.Tensor:
+    """`x` (N, C) with each row in one piece of memory, as kernels read it. A second derivative needs the copy in the
+    graph, so it is made before an autograd function, not in it."""
+    return x if x.stride(1) == 1 else x.contiguous()

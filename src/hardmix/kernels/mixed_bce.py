@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
-from hardmix.kernels.gpu import fits_kernels
+from hardmix.kernels.gpu import fits_kernels, rows_together
 
 
 def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weig
     by_hand = not (torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()))
     weight = None if weight is None else weight.to(target.dtype)
     if by_hand and fits_kernels(logits):
-        return _FusedBCE.apply(logits, target.contiguous(), labels, weight)
+        return _FusedBCE.apply(rows_together(logits), target.contiguous(), labels, weight)
     if weight is not None:
         weight = weight.view(1, -1, *[1] * (logits.ndim - 2))
     return (_MixedBCE.apply if by_hand else _formula)(logits, target, labels, weight)
@@ -82,7 +82,6 @@ class _FusedBCE(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
         from hardmix.kernels.mixed_bce_gpu import forward
 
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
         labels, weight = (None if x is None else x.contiguous() for x in (labels, weight))
         ctx.save_for_backward(logits, target, labels, weight)
         with torch.cuda.device_of(logits):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, softplus, wide
-from hardmix.kernels.gpu import fits_kernels
+from hardmix.kernels.gpu import fits_kernels, rows_together
 
 #: Differences of logits that are in memory at a time on a CPU.
 _PIECE = 1 << 18
@@ -47,6 +47,7 @@ def mixed_cross_entropy(
         asymmetric: only the class of `labels[:, 0]` is regularised.
     """
     if _fused(logits, share, soft):
+        logits, soft = rows_together(logits), None if soft is None else rows_together(soft)
         labels, share = labels.contiguous(), share.contiguous()
         loss, counted = _FusedCrossEntropy.apply(logits, labels, share, soft, ignored, floor, eta, asymmetric)
         return loss, None if ignored is None else counted
@@ -291,7 +292,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from hardmix.kernels.mixed_cross_entropy_gpu import forward
 
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
         with torch.cuda.device_of(logits):
             loss, kept = forward(logits, labels, share, soft, ignored, floor, eta, asymmetric)
         ctx.save_for_backward(logits, labels, share, soft, *kept)

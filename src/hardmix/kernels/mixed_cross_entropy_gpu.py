@@ -273,7 +273,8 @@ def forward(
         ignored: the label that does not count, or None: all do.
     """
     (rows, classes), k = logits.shape, labels.shape[1]
-    loss, top, scale = torch.empty(3, rows, dtype=torch.float32, device=logits.device).unbind(0)
+    loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    top, scale = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind(0)
     kept = Kept(top, scale, torch.empty_like(share), torch.empty(rows, dtype=torch.bool, device=logits.device))
     block = min(triton.next_power_of_2(classes), 4096)
     _forward[(rows,)](
