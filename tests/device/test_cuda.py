@@ -185,9 +185,10 @@ def test_a_compiled_run_is_an_eager_one(objective: str, tmp_path) -> None:
     assert counters["stats"]["unique_graphs"] == 2
     assert counters["inductor"]["cudagraph_skips"] == 0
     # Rounded otherwise, single weights drift apart by more than a thousandth; a stale input would move all of them.
-    names = [name for name, value in saved[0].items() if value.is_floating_point()]
-    want, got = (torch.cat([model[name].double().flatten() for name in names]) for model in saved)
-    assert (got - want).norm() < 1e-3 * want.norm()
+    for name, want in saved[0].items():
+        apart = (saved[1][name].double() - want.double()).norm()
+        assert apart <= 1e-2 * want.double().norm() + 1e-3
+    assert set(saved[0]) == set(saved[1])
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

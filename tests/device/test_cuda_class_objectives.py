@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ SETTINGS = [
     {"ignore_index": 3, "asymmetric": True, "label_smoothing": 0.1},
     {"weight": torch.linspace(0.1, 2.0, 50)},
     {"weight": torch.linspace(0.0, 2.0, 50), "label_smoothing": 0.1, "ignore_index": 3},
-    {"reduction": "sum"},
+    {"eta": 1, "reduction": "sum"},
+    {"eta": np.float64(0.0), "label_smoothing": np.float64(0.1)},
     {"reduction": "none"},
 ]
 
@@ -117,8 +119,8 @@ def test_second_derivatives_and_tensor_operations_agree(criterion, settings: dic
         return slope.detach(), at.grad
 
     kernels = both()
-    monkeypatch.setattr(binary, "fits_kernels", lambda logits: False)
-    monkeypatch.setattr(kernel, "fits_kernels", lambda logits: False)
+    monkeypatch.setattr(binary, "fits_kernels", lambda *_: False)
+    monkeypatch.setattr(kernel, "fits_kernels", lambda *_: False)
     for mine, theirs in zip(kernels, both(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
 
@@ -155,3 +157,15 @@ def test_a_loss_in_a_replayed_graph() -> None:
     wanted, slope = step(lambda a, b: decoupled_mixup_loss(a, b).expand(8) / 8, z, target, {})
     assert torch.allclose(got, wanted[0] * 8)
     assert torch.allclose(grad, slope, atol=1e-7)
+
+
+def test_confident_predictions_keep_their_digits() -> None:
+    """Of the loss and the gradient, where both are 1e-13."""
+    z, tiny = torch.tensor([[30.0, -30.0]]), torch.tensor(-60.0).double().exp()
+    loss, grad = step(soft_cross_entropy_loss, z.cuda(), torch.tensor([0], device="cuda"), {"reduction": "none"})
+    assert torch.allclose(loss.double().cpu(), tiny, rtol=1e-4, atol=0)
+    assert torch.allclose(grad.double().cpu(), torch.tensor([[-0.5, 0.5]]).double() * tiny, rtol=1e-4, atol=0)
+    small = torch.tensor(-30.0).double().exp()
+    loss, grad = step(decoupled_mixup_bce_loss, z.cuda(), torch.tensor([0], device="cuda"), {"reduction": "none"})
+    assert torch.allclose(loss.double().cpu(), 2 * small, rtol=1e-4, atol=0)
+    assert torch.allclose(grad.double().cpu(), torch.tensor([[-0.5, 0.5]]).double() * small, rtol=1e-4, atol=0)

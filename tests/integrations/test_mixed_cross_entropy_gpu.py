@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from types import ModuleType
 
@@ -9,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hardmix.kernels import mixed_cross_entropy
-from hardmix.kernels.gpu import has_kernels
+from hardmix.kernels import gpu, mixed_cross_entropy
 from hardmix.kernels.mixed_cross_entropy import _formula_with_ignored
 from hardmix.losses import decoupled_mixup_loss
 from hardmix.mixing import MixedTarget
@@ -25,6 +25,8 @@ EPS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
+    if torch.cuda.is_available():
+        pytest.skip("tests/device runs the kernels where there is a GPU")
     peer("triton")
     return peer("hardmix.kernels.mixed_cross_entropy_gpu")
 
@@ -185,7 +187,6 @@ def targets() -> dict[str, Tensor | MixedTarget]:
     return {**found, "ids": labels[:, 0].int(), "dense": dense, "dense, columns apart": dense.T.contiguous().T}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/device does this where there is a GPU")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", targets())
 def test_an_objective_is_the_same_with_kernels_and_without(
@@ -198,7 +199,7 @@ def test_an_objective_is_the_same_with_kernels_and_without(
     logits, slope = batch(12, 9, 3)[0].T.contiguous().T, torch.linspace(0.5, 1.5, 12)
     found = []
     for fits in (False, True):
-        monkeypatch.setattr(mixed_cross_entropy, "fits_kernels", lambda logits, fits=fits: fits)
+        monkeypatch.setattr(mixed_cross_entropy, "fits_kernels", lambda *_, fits=fits: fits)
         z = logits.clone().requires_grad_()
         loss = decoupled_mixup_loss(z, target, **settings)
         plain = torch.autograd.grad((loss * slope).sum(), z, retain_graph=True)[0]
@@ -209,7 +210,31 @@ def test_an_objective_is_the_same_with_kernels_and_without(
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can compile here")
-def test_where_nothing_compiles_a_warning_says_so(kernels: ModuleType) -> None:
-    with pytest.warns(UserWarning, match=r"Triton can't compile kernels here \(.+\); losses take more time\."):
-        assert not has_kernels.__wrapped__(torch.device("cuda", 0))
+def test_where_nothing_compiles_a_warning_says_so_once(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease set CC.")
+
+    device = torch.device("cpu")  # the interpreter's; what is asked is not which
+    monkeypatch.setattr(gpu, "_compiles", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert gpu.has_kernels(device, torch.float32)
+    monkeypatch.setattr(kernels, "forward", fails)
+    assert gpu.has_kernels(device, torch.float32)  # known by now
+    with pytest.warns(UserWarning, match=r"can't compile kernels here \(Failed to find C compiler\.\); losses take"):
+        assert not gpu.has_kernels(device, torch.bfloat16)
+    assert not gpu.has_kernels(device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("full"), RuntimeError("CUDA error: an assert before")])
+def test_an_error_of_the_device_is_not_taken_for_one_of_the_compiler(
+    kernels: ModuleType, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gpu, "_compiles", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(kernels, "forward", fails)
+    with pytest.raises(type(error), match=str(error)):
+        gpu.has_kernels(torch.device("cpu"), torch.float32)
+    assert not gpu._compiles

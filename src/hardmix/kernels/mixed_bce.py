@@ -28,7 +28,8 @@ def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weig
     learnt = target.requires_grad or (weight is not None and weight.requires_grad)
     by_hand = not (torch.compiler.is_compiling() or is_transformed() or (learnt and torch.is_grad_enabled()))
     weight = None if weight is None else weight.to(target.dtype)
-    if by_hand and fits_kernels(logits):
+    if by_hand and fits_kernels(logits, 1 if labels is None else labels.shape[1]):
+        labels, weight = (None if x is None else x.contiguous() for x in (labels, weight))
         return _FusedBCE.apply(rows_together(logits), target.contiguous(), labels, weight)
     if weight is not None:
         weight = weight.view(1, -1, *[1] * (logits.ndim - 2))
@@ -82,7 +83,6 @@ class _FusedBCE(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
         from hardmix.kernels.mixed_bce_gpu import forward
 
-        labels, weight = (None if x is None else x.contiguous() for x in (labels, weight))
         ctx.save_for_backward(logits, target, labels, weight)
         with torch.cuda.device_of(logits):
             return forward(logits, target, labels, weight)

@@ -26,6 +26,17 @@ def _wanted(target, labels, row, cols, there, classes, width: tl.constexpr, dens
 
 
 @triton.jit
+def _missing(labels, row, classes, width: tl.constexpr, dense: tl.constexpr):
+    """NaN where a label of the row is a class that is not there, since no launch can raise; 0 else."""
+    value = 0.0
+    if not dense:
+        for k in tl.static_range(width):
+            label = tl.load(labels + row * width + k)
+            value = tl.where((label >= 0) & (label < classes), value, float("nan"))
+    return value
+
+
+@triton.jit
 def _forward(
     logits,
     stride,
@@ -52,12 +63,7 @@ def _forward(
         if weighted:
             terms *= tl.load(weight + cols, mask=there, other=0.0)
         value += tl.sum(tl.where(there, terms, 0.0), 0)
-    if not dense:
-        # No launch can raise, so a class that is not there shows in the loss.
-        for k in tl.static_range(width):
-            label = tl.load(labels + row * width + k)
-            value = tl.where((label >= 0) & (label < classes), value, float("nan"))
-    tl.store(loss + row, value)
+    tl.store(loss + row, value + _missing(labels, row, classes, width, dense))
 
 
 @triton.jit
@@ -85,6 +91,7 @@ def _backward(
     slope *= tl.load(grad_loss + row * loss_stride)
     if weighted:
         slope *= tl.load(weight + cols, mask=there, other=0.0)
+    slope += _missing(labels, row, classes, width, dense)
     tl.store(grad + row * classes + cols, slope.to(grad.dtype.element_ty), mask=there)
 
 

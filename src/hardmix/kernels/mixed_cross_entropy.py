@@ -12,8 +12,6 @@ from hardmix.kernels.gpu import fits_kernels, rows_together
 
 #: Differences of logits that are in memory at a time on a CPU.
 _PIECE = 1 << 18
-#: Labels that the kernel of a GPU compares with each other in its registers.
-_MOST_LABELS = 16
 
 
 def mixed_cross_entropy(
@@ -51,6 +49,7 @@ def mixed_cross_entropy(
         labels, share = labels.contiguous(), share.contiguous()
         loss, counted = _FusedCrossEntropy.apply(logits, labels, share, soft, ignored, floor, eta, asymmetric)
         return loss, None if ignored is None else counted
+    assert ignored is None, "ask takes_ignored first"
     # K first from here on: sums over K are then over whole rows of memory.
     labels, share = labels.movedim(1, 0).contiguous(), share.movedim(1, 0).contiguous()
     by_hand = _by_hand(share, soft)
@@ -70,7 +69,7 @@ def two_largest(logits: Tensor, dense: Tensor) -> Tensor | None:
     from hardmix.kernels.mixed_cross_entropy_gpu import two_largest as find
 
     with torch.cuda.device_of(dense):
-        return find(dense.detach())
+        return find(rows_together(dense.detach()))
 
 
 def without_ignored(labels: Tensor, share: Tensor, ignored: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +98,7 @@ def _by_hand(share: Tensor, soft: Tensor | None) -> bool:
 
 
 def _fused(logits: Tensor, share: Tensor, soft: Tensor | None) -> bool:
-    return _by_hand(share, soft) and share.shape[1] <= _MOST_LABELS and fits_kernels(logits)
+    return _by_hand(share, soft) and fits_kernels(logits, share.shape[1])
 
 
 class _Row(NamedTuple):
@@ -297,10 +296,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, share, soft, *kept)
         ctx.settings = ignored, floor, eta, asymmetric
         ctx.mark_non_differentiable(kept.counted)
+        ctx.set_materialize_grads(False)  # or each backward pass would fill one for `counted`
         return loss, kept.counted
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 8
         from hardmix.kernels.mixed_cross_entropy_gpu import Kept, backward
 
         logits, labels, share, soft, *kept = ctx.saved_tensors

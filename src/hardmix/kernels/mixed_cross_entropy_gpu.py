@@ -242,11 +242,10 @@ def _two_largest(dense, stride, labels, classes, eps, block: tl.constexpr):
 
 
 def two_largest(dense: Tensor) -> Tensor:
-    """The labels (N, 2) that `MixedTarget.from_dense` finds in soft labels (N, C) in float32."""
+    """The labels (N, 2) that `MixedTarget.from_dense` finds in soft labels (N, C) in float32, rows contiguous."""
     rows, classes = dense.shape
     labels = torch.empty(rows, 2, dtype=torch.long, device=dense.device)
     block = min(triton.next_power_of_2(classes), 4096)
-    dense = dense if dense.stride(1) == 1 else dense.contiguous()
     eps = torch.finfo(torch.float32).eps
     _two_largest[(rows,)](
         dense, dense.stride(0), labels, classes, eps, block=block, num_warps=max(1, min(8, block // 256))
@@ -277,6 +276,7 @@ def forward(
     top, scale = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind(0)
     kept = Kept(top, scale, torch.empty_like(share), torch.empty(rows, dtype=torch.bool, device=logits.device))
     block = min(triton.next_power_of_2(classes), 4096)
+    regularised = bool(eta > 0 and k > 1)
     _forward[(rows,)](
         logits,
         logits.stride(0),
@@ -287,14 +287,14 @@ def forward(
         *kept,
         classes,
         _NONE if ignored is None else ignored,
-        floor,
-        eta,
+        float(floor),
+        float(eta),
         width=k,
         lanes=triton.next_power_of_2(max(k, 2)),
         block=block,
-        regularised=eta > 0 and k > 1,
-        asymmetric=asymmetric,
-        smoothed=floor > 0,
+        regularised=regularised,
+        asymmetric=asymmetric and regularised,
+        smoothed=bool(floor > 0),
         has_soft=soft is not None,
         num_warps=max(1, min(8, block // 256)),
     )
@@ -325,7 +325,7 @@ def backward(
         grad,
         classes,
         _NONE if ignored is None else ignored,
-        floor,
+        float(floor),
         width=labels.shape[1],
         block=block,
         has_soft=soft is not None,

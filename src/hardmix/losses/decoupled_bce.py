@@ -49,8 +49,8 @@ def decoupled_mixup_bce_loss(
 
     Raises:
         TypeError: float (regression) labels, integer logits, another kind of target.
-        ValueError: sizes or devices disagree, an empty batch, a class out of range (looked at on the CPU only), xi
-            outside (0, 1], a negative t.
+        ValueError: sizes or devices disagree, an empty batch, a class out of range (on the CPU; a GPU isn't waited
+            for: there the loss is NaN, or the device asserts), xi outside (0, 1], a negative t.
 
     Reference: Liu et al. 2023, DM(BCE) (arXiv:2203.10761). The paper speaks of an eta shared by both forms, but no BCE
     formula contains it, so there is none here. Its settings for ImageNet: xi = 0.8, t = 1 for cutting policies and
