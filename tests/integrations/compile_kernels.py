@@ -1,4 +1,4 @@
-"""Compiles every variant of the GPU's kernels for an H100, which takes no GPU. Run by a test, without the interpreter."""
+"""Compiles every variant of the GPU's kernels for an H100, which takes no GPU. Run by a test, not interpreted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hardmix.kernels import mixed_bce_gpu as binary
 from hardmix.kernels import mixed_cross_entropy_gpu as softmax
 
 FLOATS = "share soft loss tops scales at_labels grad_loss target weight dense"
-TYPES = {name: "*fp32" for name in FLOATS.split()} | {"labels": "*i64", "counts": "*i1", "ignored": "i64"}
-TYPES |= {name: "i32" for name in ("stride", "soft_stride", "loss_stride", "classes")}
-TYPES |= {name: "fp32" for name in ("floor", "eta", "eps")}
+TYPES = dict.fromkeys(FLOATS.split(), "*fp32") | {"labels": "*i64", "counts": "*i1", "ignored": "i64"}
+TYPES |= dict.fromkeys(("stride", "soft_stride", "loss_stride", "classes"), "i32")
+TYPES |= dict.fromkeys(("floor", "eta", "eps"), "fp32")
 
 
 def compile_kernel(kernel: triton.JITFunction, dtype: str = "fp32", **constants: int | bool) -> None:
@@ -42,4 +42,3 @@ if __name__ == "__main__":
             compile_kernel(softmax._forward, dtype, **constants)
             compile_kernel(softmax._backward, dtype, width=width, block=block, has_soft=soft)
     compile_kernel(softmax._two_largest, block=1024)
-    print("all compile")

@@ -19,4 +19,5 @@ def test_every_variant_compiles(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # else a kernel that compiled once is not compiled again
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.stdout == "all compile\n", done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.rglob("*.ptx"))) > 30
