@@ -77,6 +77,12 @@ class _Refuse(torch.autograd.Function):
         raise NotImplementedError(ctx.message)
 
 
+def graph_gradient(formula: Callable[..., Tensor], grad: Tensor, x: Tensor, *others: Any) -> Tensor:
+    """Gradient of `formula(x, *others)` with respect to x, itself in the graph: what a written-out backward pass gives
+    where a second derivative is wanted."""
+    return torch.autograd.grad(formula(x, *others), x, grad, create_graph=True)[0]
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows (..., D) divided by their length; a row of zeros stays one. Lengths from 1e-30 to 1e30 don't overflow."""
     scale = x.detach().abs().amax(-1, keepdim=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardmix._math import is_transformed, softplus, wide
+from hardmix._math import graph_gradient, is_transformed, softplus, wide
 from hardmix.kernels.gpu import fits_kernels, rows_together
 
 
@@ -63,9 +63,7 @@ class _MixedBCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, labels, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
-            loss = _formula(logits, target, labels, weight)
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, None, None, None
+            return graph_gradient(_formula, grad_loss, logits, target, labels, weight), None, None, None
         grad = logits.to(target.dtype).sigmoid()
         if labels is None:
             grad.sub_(target)
@@ -93,8 +91,6 @@ class _FusedBCE(torch.autograd.Function):
 
         logits, target, labels, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
-            loss = _formula(logits, target, labels, weight)
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, None, None, None
+            return graph_gradient(_formula, grad_loss, logits, target, labels, weight), None, None, None
         with torch.cuda.device_of(logits):
             return backward(grad_loss, logits, target, labels, weight), None, None, None

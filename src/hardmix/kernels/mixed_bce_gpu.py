@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardmix.kernels.mixed_cross_entropy_gpu import log1p_exp
+from hardmix.kernels.mixed_cross_entropy_gpu import blocks, log1p_exp
 
 
 @triton.jit
@@ -106,14 +106,14 @@ def forward(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tenso
     """
     rows, classes = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(triton.next_power_of_2(classes), 4096)
     _forward[(rows,)](
         logits,
         logits.stride(0),
         *_target(target, labels, weight),
         loss,
         classes,
-        **_settings(target, labels, weight, block),
+        **_settings(target, labels, weight),
+        **blocks(classes, 4096),
     )
     return loss
 
@@ -122,8 +122,8 @@ def backward(grad_loss: Tensor, logits: Tensor, target: Tensor, labels: Tensor |
     """Gradient (N, C) of the logits, in their dtype, from that of each row's loss (N,)."""
     rows, classes = logits.shape
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    block = min(triton.next_power_of_2(classes), 2048)
-    _backward[(rows, triton.cdiv(classes, block))](
+    size = blocks(classes, 2048)
+    _backward[(rows, triton.cdiv(classes, size["block"]))](
         grad_loss,
         grad_loss.stride(0),
         logits,
@@ -131,7 +131,8 @@ def backward(grad_loss: Tensor, logits: Tensor, target: Tensor, labels: Tensor |
         *_target(target, labels, weight),
         grad,
         classes,
-        **_settings(target, labels, weight, block),
+        **_settings(target, labels, weight),
+        **size,
     )
     return grad
 
@@ -141,7 +142,6 @@ def _target(target: Tensor, labels: Tensor | None, weight: Tensor | None) -> tup
     return target, target if labels is None else labels, target if weight is None else weight
 
 
-def _settings(target: Tensor, labels: Tensor | None, weight: Tensor | None, block: int) -> dict[str, int | bool]:
+def _settings(target: Tensor, labels: Tensor | None, weight: Tensor | None) -> dict[str, int | bool]:
     width = 1 if labels is None else target.shape[1]
-    settings = {"width": width, "block": block, "dense": labels is None, "weighted": weight is not None}
-    return {**settings, "num_warps": max(1, min(8, block // 256))}
+    return {"width": width, "dense": labels is None, "weighted": weight is not None}

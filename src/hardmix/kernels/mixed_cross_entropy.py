@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix._math import is_transformed, softplus, wide
+from hardmix._math import graph_gradient, is_transformed, softplus, wide
 from hardmix.kernels.gpu import fits_kernels, rows_together
 
 #: Differences of logits that are in memory at a time on a CPU.
@@ -257,9 +257,8 @@ class _MixedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, share, soft, probs, amount, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
-            loss = _formula(logits, labels, share, soft, ctx.floor, ctx.eta, ctx.asymmetric)
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, *[None] * 6
+            settings = ctx.floor, ctx.eta, ctx.asymmetric
+            return graph_gradient(_formula, grad_loss, logits, labels, share, soft, *settings), *[None] * 6
         at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
@@ -306,13 +305,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         from hardmix.kernels.mixed_cross_entropy_gpu import Kept, backward
 
         logits, labels, share, soft, *kept = ctx.saved_tensors
-        ignored, floor, eta, asymmetric = ctx.settings
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
-            loss = _formula_with_ignored(logits, labels, share, soft, ignored, floor, eta, asymmetric)
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
-            return grad, *[None] * 7
+            target = labels, share, soft, *ctx.settings
+            return graph_gradient(_formula_with_ignored, grad_loss, logits, *target), *[None] * 7
         with torch.cuda.device_of(logits):
-            grad = backward(grad_loss, logits, labels, soft, Kept(*kept), ignored, floor)
+            grad = backward(grad_loss, logits, labels, soft, Kept(*kept), *ctx.settings[:2])
         return grad, *[None] * 7
 
 

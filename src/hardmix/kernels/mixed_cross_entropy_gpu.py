@@ -22,6 +22,12 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _NONE = torch.iinfo(torch.int64).min
 
 
+def blocks(classes: int, most: int) -> dict[str, int]:
+    """How a kernel goes through the classes of a row: columns at a time, and the warps that share them."""
+    block = min(triton.next_power_of_2(classes), most)
+    return {"block": block, "num_warps": max(1, min(8, block // 256))}
+
+
 class Kept(NamedTuple):
     """What the gradient needs of a row besides its logits and its target."""
 
@@ -245,11 +251,8 @@ def two_largest(dense: Tensor) -> Tensor:
     """The labels (N, 2) that `MixedTarget.from_dense` finds in soft labels (N, C) in float32, rows contiguous."""
     rows, classes = dense.shape
     labels = torch.empty(rows, 2, dtype=torch.long, device=dense.device)
-    block = min(triton.next_power_of_2(classes), 4096)
     eps = torch.finfo(torch.float32).eps
-    _two_largest[(rows,)](
-        dense, dense.stride(0), labels, classes, eps, block=block, num_warps=max(1, min(8, block // 256))
-    )
+    _two_largest[(rows,)](dense, dense.stride(0), labels, classes, eps, **blocks(classes, 4096))
     return labels
 
 
@@ -275,7 +278,6 @@ def forward(
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     top, scale = torch.empty(2, rows, dtype=torch.float32, device=logits.device).unbind(0)
     kept = Kept(top, scale, torch.empty_like(share), torch.empty(rows, dtype=torch.bool, device=logits.device))
-    block = min(triton.next_power_of_2(classes), 4096)
     regularised = bool(eta > 0 and k > 1)
     _forward[(rows,)](
         logits,
@@ -291,12 +293,11 @@ def forward(
         float(eta),
         width=k,
         lanes=triton.next_power_of_2(max(k, 2)),
-        block=block,
         regularised=regularised,
         asymmetric=asymmetric and regularised,
         smoothed=bool(floor > 0),
         has_soft=soft is not None,
-        num_warps=max(1, min(8, block // 256)),
+        **blocks(classes, 4096),
     )
     return loss, kept
 
@@ -313,8 +314,8 @@ def backward(
     """Gradient (N, C) of the logits, in their dtype, from that of each row's loss (N,)."""
     rows, classes = logits.shape
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    block = min(triton.next_power_of_2(classes), 2048)
-    _backward[(rows, triton.cdiv(classes, block))](
+    size = blocks(classes, 2048)
+    _backward[(rows, triton.cdiv(classes, size["block"]))](
         grad_loss,
         grad_loss.stride(0),
         logits,
@@ -327,9 +328,8 @@ def backward(
         _NONE if ignored is None else ignored,
         float(floor),
         width=labels.shape[1],
-        block=block,
         has_soft=soft is not None,
-        num_warps=max(1, min(8, block // 256)),
+        **size,
     )
     return grad
 
