@@ -280,6 +280,25 @@ class TestLargest:
             want[order[: int(keep[row])]] = True
             assert torch.equal(got[row], want), row
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    def test_other_dtypes(self, dtype: torch.dtype) -> None:
+        values = torch.randn(4, 3000, generator=rng()).to(dtype)  # of half types many are equal
+        keep = torch.tensor([0, 3000, 1234, 7])
+        want = torch.zeros(4, 3000, dtype=torch.bool)
+        for row, order in enumerate(values.argsort(dim=1, descending=True, stable=True)):
+            want[row, order[: int(keep[row])]] = True
+        assert torch.equal(largest(values, keep), want)
+
+    def test_infinite_and_missing_values_of_a_long_row(self) -> None:
+        values = torch.randn(3, 2000, generator=rng())
+        values[:, ::3] = -math.inf
+        values[1, 1::3] = math.inf
+        values[2, ::2] = math.nan
+        chosen = largest(values, torch.tensor([1500, 100, 1200]))
+        assert chosen.sum(1).tolist() == [1500, 100, 1000]
+        assert bool((values[1][chosen[1]] == math.inf).all())
+        assert not bool(chosen[2, ::2].any())
+
     def test_as_one_operation_of_a_graph(self) -> None:
         values = torch.randn(3, 600, generator=rng())
         torch.library.opcheck(torch.ops.hardmix.largest.default, (values, torch.tensor([0, 600, 77])))

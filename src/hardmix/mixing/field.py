@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from hardmix._math import settled
+from hardmix._math import settled, wide
 from hardmix.mixing.draw import normal
 
 SPECTRA = ("isotropic", "released")
@@ -127,7 +128,8 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
     """(rows, P) bool with exactly keep[r] True in row r: its largest values, ties to the first.
 
     Sorting 50,000 pixels costs more than all the rest of a mask. A long row is cut down first: quantiles of a sample of
-    the row bound the threshold, pixels above are in and below are out, and only those between are sorted.
+    the row bound the threshold, pixels above are in and below are out, and only those between are sorted. NaN is never
+    among the largest of a long row.
     """
     rows, pixels = values.shape
     if pixels <= _LONG_ROW or values.device.type != "cpu":
@@ -135,14 +137,14 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _largest_as_one(values, keep)
     step = math.isqrt(pixels) // 4 | 1  # odd: an even step would visit every other column only
-    sample = values[:, ::step].sort(dim=1, descending=True).values
+    sample = _sorted(values[:, ::step])
     count = sample.shape[1]
     edge = values.new_full((rows, 1), math.inf)
-    sample = torch.cat([edge, sample, -edge], 1)
-    wanted, margin = keep * count // pixels, count // 64 + 2
+    sample = torch.cat([-edge, sample, edge], 1)
+    wanted, margin = count - keep * count // pixels, count // 64 + 2
     while True:
-        high = sample.gather(1, (wanted - margin).clamp(0, count + 1)[:, None])
-        low = sample.gather(1, (wanted + margin).clamp(0, count + 1)[:, None])
+        high = sample.gather(1, (wanted + margin + 1).clamp(0, count + 1)[:, None])
+        low = sample.gather(1, (wanted - margin + 1).clamp(0, count + 1)[:, None])
         chosen = values > high
         row, at = ((values >= low) ^ chosen).nonzero(as_tuple=True)
         number = row.bincount(minlength=rows)
@@ -150,10 +152,17 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
         if margin > count or not bool(((missing < 0) | (missing > number)).any()):
             break
         margin *= 4  # the sample misled
+    between = values[row, at]
     place = torch.arange(row.shape[0]) - (number.cumsum(0) - number)[row]
-    padded = values.new_full((rows, int(number.max())), -math.inf)
-    padded[row, place] = values[row, at]
-    chosen[row, at] = _largest_by_sorting(padded, missing)[row, place]
+    padded = values.new_full((rows, int(number.max()) + 1), -math.inf)
+    padded[row, place] = between
+    padded[:, -1] = math.inf  # what is above all, where none is missing
+    threshold = _sorted(padded).gather(1, (padded.shape[1] - 1 - missing).clamp_(min=0)[:, None])[row, 0]
+    above = between >= threshold
+    if int(above.sum()) > int(missing.sum()):  # ties: as many of them as are missing, the first ones
+        padded[:, -1] = -math.inf
+        above = _largest_by_sorting(padded, missing)[row, place]
+    chosen[row, at] = above
     return chosen
 
 
@@ -166,6 +175,11 @@ def _largest_as_one(values: Tensor, keep: Tensor) -> Tensor:
 @_largest_as_one.register_fake
 def _(values: Tensor, keep: Tensor) -> Tensor:
     return torch.empty_like(values, dtype=torch.bool)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Rows in ascending order, by NumPy, which is many times faster at it."""
+    return torch.from_numpy(np.sort(values.detach().to(wide(values.dtype)).numpy(), axis=1)).to(values.dtype)
 
 
 def _largest_by_sorting(values: Tensor, keep: Tensor) -> Tensor:
