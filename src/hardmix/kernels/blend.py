@@ -12,18 +12,17 @@ the first of these that fits. The numbers are those of the plain form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise, repeat
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, settled
+from hardmix.kernels.rows import along_cycles, cycles_of
 
-Row = TypeVar("Row")
 _FULL = (torch.float32, torch.float64)
 #: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,7 +94,8 @@ def blend_partner(
     if not in_place:
         for i, j in enumerate(partners):
             _blend(rows[i], rows[j], weights[i], outs[i])
-    for i, other in along_cycles(rows, cycles, Tensor.clone):
+    (sources,) = along_cycles(rows, cycles, Tensor.clone)
+    for i, other in sources:
         _blend(rows[i], other, weights[i], outs[i])
     return out
 
@@ -130,32 +130,6 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
         rows[last][places[last]] = saved
     mark_written(out)
     return out
-
-
-def cycles_of(partner: list[int]) -> list[list[int]] | None:
-    """The cycles of a permutation: each row's partner follows it, the last one's is the first. None if rows repeat."""
-    cycles = []
-    seen = [False] * len(partner)
-    for first in range(len(partner)):
-        cycle, i = [], first
-        while not seen[i]:
-            seen[i] = True
-            cycle.append(i)
-            i = partner[i]
-        if cycle and i != first:
-            return None
-        if cycle:
-            cycles.append(cycle)
-    return cycles
-
-
-def along_cycles(rows: Sequence[Row], cycles: list[list[int]], save: Callable[[Row], Row]) -> Iterator[tuple[int, Row]]:
-    """(i, the row that i is mixed with) in an order in which each row is read before it is written."""
-    for cycle in cycles:
-        saved = save(rows[cycle[0]])
-        for i, j in pairwise(cycle):
-            yield i, rows[j]
-        yield cycle[-1], saved
 
 
 def is_traced(*tensors: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hardmix._math import wide
 from hardmix.kernels import blend
+from hardmix.kernels.rows import along_cycles, cycles_of, parts_of, run_parts, spans
 
 #: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
 #: computed.
@@ -30,8 +31,7 @@ def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
         outer edges of the partner's border pixels fall on the edges of the box, as in `F.interpolate`.
     """
     if _row_by_row(x, box):
-        rows = blend.as_array(x)
-        return _fill_windows(torch.zeros_like(x), box, ((i, rows[j]) for i, j in enumerate(partner.tolist())))
+        return _fill_windows(torch.zeros_like(x), box, _partner_rows(x, partner.tolist()))
     out = _resample(x.index_select(0, partner), _positions(x, box))
     return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)  # keeps the memory format
 
@@ -40,12 +40,12 @@ def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None
     """x with each row's partner shown whole inside the row's box of whole pixels; `out` may be `x` itself."""
     if _row_by_row(x, box):
         partners = partner.tolist()
-        cycles = blend.cycles_of(partners) if out is x else None
+        cycles = cycles_of(partners) if out is x else None
         if cycles is not None:
-            return _fill_windows(x, box, blend.along_cycles(list(blend.as_array(x)), cycles, np.copy))
-        rows = blend.as_array(x.clone() if out is x else x)
-        sources = ((i, rows[j]) for i, j in enumerate(partners))
-        return _fill_windows(torch.empty_like(x) if out is None else out, box, sources, around=rows)
+            return _fill_windows(x, box, along_cycles(list(blend.as_array(x)), cycles, np.copy, parts_of(x)))
+        clean = x.clone() if out is x else x
+        out = torch.empty_like(x) if out is None else out
+        return _fill_windows(out, box, _partner_rows(clean, partners), around=blend.as_array(clean))
     if out is x:
         x = x.clone()  # a row may be its partner's partner
     return blend.blend_rows(x, resize_into_boxes(x, partner, box), blend.box_mask(box, tuple(x.shape[2:])), out=out)
@@ -81,28 +81,41 @@ def _row_by_row(x: Tensor, box: Tensor) -> bool:
     return not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
 
 
+def _partner_rows(x: Tensor, partners: list[int]) -> list[list[tuple[int, np.ndarray]]]:
+    """For each thread: (row, the bits of its partner)."""
+    rows = blend.as_array(x)
+    return [[(i, rows[partners[i]]) for i in range(*part.indices(len(x)))] for part in spans(len(x), parts_of(x))]
+
+
 def _fill_windows(
-    out: Tensor, box: Tensor, sources: Iterable[tuple[int, np.ndarray]], around: np.ndarray | None = None
+    out: Tensor,
+    box: Tensor,
+    sources: Sequence[Iterable[tuple[int, np.ndarray]]],
+    around: np.ndarray | None = None,
 ) -> Tensor:
     """`out` with the source (C, *spatial) of each row resized into its box.
 
     Args:
-        sources: (row, bits of what is shown in its box), as `blend.as_array` gives them.
+        sources: for each thread (row, bits of what is shown in its box), as `blend.as_array` gives them.
         around: (N, C, *spatial) bits of what stands around the boxes; None leaves what is there.
     """
-    positions = _positions(out, box)
-    # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is copied: to
-    # wake a second thread for one row takes longer than the row.
-    near = torch.empty_like(out[:1])
-    mixed, streamed = blend.as_array(out), blend.as_array(near)
+    grid_of = _grids_of_windows(_positions(out, box))
+    mixed = blend.as_array(out)
     windows = [tuple(slice(start, stop) for start, stop in edges) for edges in box.tolist()]
-    for row, source in sources:
-        streamed[0] = source
-        if around is not None:
-            mixed[row] = around[row]  # here, where the row stays in the cache for what follows
-        at = [along[row : row + 1, part] for along, part in zip(positions, windows[row], strict=True)]
-        place = (slice(None), *windows[row])
-        mixed[row][place] = blend.as_array(_resample(near, at))[0]
+
+    def fill(part: Iterable[tuple[int, np.ndarray]]) -> None:
+        # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is
+        # copied: to wake a second thread for one row takes longer than the row.
+        near = torch.empty_like(out[:1])
+        streamed = blend.as_array(near)
+        for row, source in part:
+            streamed[0] = source
+            if around is not None:
+                mixed[row] = around[row]  # here, where the row stays in the cache for what follows
+            place = (slice(None), *windows[row])
+            mixed[row][place] = blend.as_array(_sample(near, grid_of(row, windows[row])))[0]
+
+    run_parts(fill, sources)
     blend.mark_written(out)
     return out
 
@@ -120,14 +133,36 @@ def _centres(start: Tensor | int, stop: Tensor | int, length: int, like: Tensor)
 
 def _resample(x: Tensor, positions: list[Tensor]) -> Tensor:
     """x (N, C, *spatial) read at the product of the positions (N, length) of its axes, linearly, borders repeated."""
-    if x.ndim == 3:  # grid_sample starts at two axes
-        middle = torch.zeros_like(positions[0][:, :1])
-        return _resample(x[:, :, None], [middle, positions[0]])[:, :, 0]
+    return _sample(x, _grid(positions))
+
+
+def _grid(positions: list[Tensor]) -> Tensor:
+    """The product of positions (N, length) of up to three axes: (N, *lengths, axes), the last axis first."""
     count, lengths = len(positions), [at.shape[1] for at in positions]
     axes = [
         at.view(-1, *[lengths[axis] if other == axis else 1 for other in range(count)]).expand(-1, *lengths)
         for axis, at in enumerate(positions)
     ]
-    grid = torch.stack(axes[::-1], -1)  # grid_sample wants the last axis first
+    return torch.stack(axes[::-1], -1)
+
+
+def _grids_of_windows(positions: list[Tensor]) -> Callable[[int, tuple[slice, ...]], Tensor]:
+    """grid_of(row, window): `_grid` of a window of one row."""
+    if len(positions) != 2:
+        return lambda row, window: _grid(
+            [along[row : row + 1, part] for along, part in zip(positions, window, strict=True)]
+        )
+    # The sum of an imaginary column and a real row writes both coordinates in one pass; stacking takes two.
+    zero = torch.zeros_like(positions[0][:1, :1])
+    down = torch.complex(*torch.broadcast_tensors(zero, positions[0]))[:, :, None]
+    along = torch.complex(*torch.broadcast_tensors(positions[1], zero))[:, None]
+    return lambda row, window: torch.view_as_real(down[row : row + 1, window[0]] + along[row : row + 1, :, window[1]])
+
+
+def _sample(x: Tensor, grid: Tensor) -> Tensor:
+    """x (N, C, *spatial) read at the (N, ..., axes) places of a grid."""
+    if x.ndim == 3:  # grid_sample starts at two axes
+        middle = torch.zeros_like(grid)
+        return _sample(x[:, :, None], torch.cat([grid, middle], -1)[:, None])[:, :, 0]
     out = F.grid_sample(x.to(grid.dtype), grid, padding_mode="border", align_corners=False)
     return out.to(x.dtype) if x.is_floating_point() else out.round_().to(x.dtype)
