@@ -10,6 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+if dist.is_available():
+    # Its functions hold on to the process group that there is when they are defined. DDP defines them, and a group that
+    # is held keeps its threads after `leave`, which now and then abort a process that ends.
+    import torch.distributed.nn.functional
+
 #: what gloo and NCCL say of a process that has gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 

@@ -21,7 +21,6 @@ from ..train.conftest import fingerprint, tiny
 ROOT = Path(__file__).parents[2]
 VIT = {"name": "tiny-vit", "options": {"dim": 16, "depth": 3, "heads": 2, "patch": 4}}
 
-
 #: threads of the group that are still there when the interpreter ends may abort it
 LEAVE = ("from hardmix.distributed import leave", "leave()")
 
@@ -126,6 +125,26 @@ Path({folder!r} + "-" + rank + ".txt").write_text(repr(seen))
     assert plans["a", "0"] == plans["b", "0"]
     assert plans["a", "1"] == plans["b", "1"]
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux")
+def test_no_thread_of_the_group_is_left_after_a_run(tmp_path):
+    body = f"""
+import os
+from pathlib import Path
+from hardmix.distributed import leave
+from hardmix.train.loop import run_recipe
+from tests.train.conftest import tiny
+def threads():
+    tasks = Path("/proc/self/task")
+    return [name for task in tasks.iterdir() if "gloo" in (name := (task / "comm").read_text())]
+run_recipe(tiny(train={{"epochs": 1}}), Path({str(tmp_path / "run")!r}))
+assert threads()
+leave()
+assert not threads(), threads()
+"""
+    launch(tmp_path, body)
 
 
 @pytest.mark.slow
