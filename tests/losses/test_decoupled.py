@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardmix.losses import decoupled_mixup_loss, soft_cross_entropy_loss
+from hardmix.losses import decoupled_mixup_bce_loss, decoupled_mixup_loss, soft_bce_loss, soft_cross_entropy_loss
 from hardmix.mixing import MixedTarget
 from tests.losses import slow_classification as slow
 
@@ -558,3 +558,33 @@ def test_reductions() -> None:
     assert rows.shape == logits.shape[:1]
     torch.testing.assert_close(decoupled_mixup_loss(logits, target, reduction="sum"), rows.sum())
     torch.testing.assert_close(decoupled_mixup_loss(logits, target), rows.mean())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [decoupled_mixup_loss, soft_cross_entropy_loss, decoupled_mixup_bce_loss, soft_bce_loss],
+    ids=lambda f: f.__name__,
+)
+def test_gradients_of_one_sample_at_a_time(loss: Any) -> None:
+    """`torch.func.vmap` over samples and their labels, as per-sample gradients are computed."""
+    z, pairs = torch.randn(4, 5, dtype=torch.float64), torch.tensor([[0, 1], [2, 2], [4, 3], [1, 0]])
+    shares = torch.rand(4, 2, dtype=torch.float64)
+
+    def of_pair(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return loss(z[None], MixedTarget(y[None], w[None]))
+
+    def of_id(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return loss(z[None], y[None])
+
+    for function, rest in ((of_pair, (pairs, shares)), (of_id, (pairs[:, 0],))):
+        got = torch.func.vmap(torch.func.grad(function))(z, *rest)
+        want = torch.stack([torch.func.grad(function)(*row) for row in zip(z, *rest, strict=True)])
+        torch.testing.assert_close(got, want)
+
+
+def test_a_row_of_zeros_is_no_class() -> None:
+    rows = torch.zeros(3, 2, 4)
+    rows[0, 1, 2] = rows[1, 0, 3] = 1.0  # the second, the first, and in the third sample none
+    target, z = MixedTarget(rows, torch.full((3, 2), 0.5)), torch.randn(3, 4)
+    plain = soft_cross_entropy_loss(z, target, reduction="none")
+    assert torch.equal(decoupled_mixup_loss(z, target, eta=1.0, reduction="none"), plain)

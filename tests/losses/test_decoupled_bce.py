@@ -232,3 +232,26 @@ def test_inputs_are_not_written() -> None:
     for y in (target, parts[-1]):
         decoupled_mixup_bce_loss(z, y, xi=0.8, weight=torch.rand(4)).backward()
     assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
+
+
+@pytest.mark.parametrize("loss", [soft_bce_loss, lambda z, target: decoupled_mixup_bce_loss(z, target, xi=0.8)])
+@pytest.mark.parametrize("labels", [[[1, 1]], [[1, 0, 1]], [[2, 2, 2]]])
+def test_gradients_of_learnt_shares_of_one_class(loss: Any, labels: list[list[int]]) -> None:
+    z = torch.tensor([[0.5, -1.0, 0.2]], dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([[0.2, 0.25, 0.15][: len(labels[0])]], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda z, w: loss(z, MixedTarget(torch.tensor(labels), w)), (z, shares))
+    torch.autograd.gradgradcheck(lambda z, w: loss(z, MixedTarget(torch.tensor(labels), w)), (z, shares))
+
+
+def test_a_class_that_is_out_of_the_question_costs_nothing_however_it_is_computed() -> None:
+    z, y = torch.tensor([[2.0, -torch.inf, 0.5]]), torch.tensor([0])
+    want = soft_bce_loss(z, y)
+    assert want.isfinite()
+    compiled = torch.compile(lambda z: soft_bce_loss(z, y), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), want)
+    torch.testing.assert_close(torch.func.vmap(lambda z: soft_bce_loss(z, y))(z[None])[0], want)
+    shares = torch.tensor([[0.3, 0.7]])
+    for weight in (None, torch.tensor([1.0, 2.0, 3.0])):
+        settled = soft_bce_loss(z, MixedTarget(torch.tensor([[0, 2]]), shares), weight=weight)
+        learnt = soft_bce_loss(z, MixedTarget(torch.tensor([[0, 2]]), shares.clone().requires_grad_()), weight=weight)
+        torch.testing.assert_close(learnt.detach(), settled)

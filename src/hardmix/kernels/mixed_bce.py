@@ -39,10 +39,24 @@ def mixed_bce(logits: Tensor, target: Tensor, labels: Tensor | None = None, weig
 def _formula(logits: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
     """The same loss from differentiable operations, for the compiler, learnt targets and second derivatives."""
     z = logits.to(wide(logits.dtype))
-    if labels is not None:
-        target = torch.zeros_like(z).scatter(1, labels, target)
-    terms = softplus(z) - target * z
-    return (terms if weight is None else terms * weight).sum(1)
+    if labels is None:
+        terms = softplus(z) - target * z
+        return (terms if weight is None else terms * weight).sum(1)
+    # A class that is listed twice counts once, in the value and in every gradient.
+    later = torch.ones(labels.shape[1], labels.shape[1], dtype=torch.bool, device=labels.device).tril(-1)
+    later = later.view(*later.shape, *[1] * (labels.ndim - 2))
+    again = ((labels[:, :, None] == labels[:, None]) & later).any(2)
+    own = _at_labels(z.gather(1, labels), target).masked_fill(again, 0.0)
+    others = softplus(z).scatter(1, labels, 0.0)
+    if weight is not None:
+        own, others = own * weight.expand_as(z).gather(1, labels), others * weight
+    return others.sum(1) + own.sum(1)
+
+
+def _at_labels(own: Tensor, target: Tensor) -> Tensor:
+    """The terms of the labels' classes from their logits (N, K, *spatial)."""
+    # Not softplus(z) - t z, which loses its digits where a wanted class is predicted with confidence.
+    return target * softplus(-own) + (1.0 - target) * softplus(own)
 
 
 class _MixedBCE(torch.autograd.Function):
@@ -54,9 +68,7 @@ class _MixedBCE(torch.autograd.Function):
         if labels is None:
             terms.addcmul_(target, z, value=-1.0)
         else:
-            # Not softplus(z) - t z, which loses its digits where a wanted class is predicted with confidence.
-            own = z.gather(1, labels)
-            terms.scatter_(1, labels, target * softplus(-own) + (1.0 - target) * softplus(own))
+            terms.scatter_(1, labels, _at_labels(z.gather(1, labels), target))
         return (terms if weight is None else terms.mul_(weight)).sum(1)
 
     @staticmethod
