@@ -8,7 +8,7 @@ exceptions, `classes_in_range` and `finite`, look at values only where the tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -62,7 +62,8 @@ def boolean(who: str, name: str, value: object) -> bool:
 def interval(who: str, name: str, value: object, low: float, high: float) -> tuple[float, float]:
     """A pair (a, b) of numbers with low <= a <= b <= high."""
     try:
-        start, stop = (float(number) for number in value)  # type: ignore[attr-defined]
+        first, last = value if isinstance(value, Sequence) else ()  # type: ignore[misc]
+        start, stop = number(who, name, first), number(who, name, last)
     except (TypeError, ValueError):
         start, stop = math.nan, math.nan
     if not low <= start <= stop <= high:
@@ -129,7 +130,12 @@ def classes_in_range(who: str, name: str, labels: Tensor, num_classes: int, igno
     """
     if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
         return False
-    low, high = (int(v) for v in torch.aminmax(labels))
+    try:
+        low, high = (int(v) for v in torch.aminmax(labels))
+    except RuntimeError:
+        if is_transformed():  # labels that torch.func.vmap maps over have no values to look at
+            return False
+        raise
     if low >= 0 and high < num_classes:
         return True
     wrong = (labels < 0) | (labels >= num_classes)

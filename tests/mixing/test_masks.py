@@ -50,7 +50,7 @@ class TestSmoothMix:
         assert 0.88 < float(lam.max()) < 0.93
 
     def test_settings(self) -> None:
-        for sigma in ((0.5, 0.25), (0.0, 1.0), (float("nan"), 1.0), 0.5, "ab"):
+        for sigma in ((0.5, 0.25), (0.0, 1.0), (float("nan"), 1.0), 0.5, "ab", {0.1, 0.2}, (True, 2.0)):
             with pytest.raises(ValueError, match=r"SmoothMix: sigma is .*; pass two numbers a <= b between 0\.001 and"):
                 SmoothMix(sigma=sigma)
 

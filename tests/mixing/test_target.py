@@ -172,6 +172,18 @@ def test_mixed_losses_of_dense_masks(policy: torch.nn.Module) -> None:
             target.mixed_loss(lambda y: pixels(y).mean(2))
 
 
+def test_a_criterion_is_a_function() -> None:
+    with pytest.raises(TypeError, match=r"mixed_loss: criterion is a NoneType; pass a function of labels\."):
+        MixedTarget(torch.tensor([[0, 1]]), torch.tensor([[0.3, 0.7]])).mixed_loss(None)
+
+
+def test_dense_labels_of_one_sample_at_a_time() -> None:
+    """What is mapped over has no values to look at, so its range is not checked."""
+    labels, weights = torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.3, 0.7], [0.5, 0.5]])
+    mapped = torch.func.vmap(lambda y, w: MixedTarget(y[None], w[None]).dense(3)[0])(labels, weights)
+    assert torch.equal(mapped, MixedTarget(labels, weights).dense(3))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
 def test_dense_of_narrow_integers(dtype: torch.dtype) -> None:
     target = MixedTarget(torch.tensor([[0, 3], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]]))

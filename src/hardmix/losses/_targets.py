@@ -103,7 +103,10 @@ def class_target(
     labels, weights = mixed_parts(who, logits, target)
     if labels.ndim == logits.ndim + 1:
         dense = (labels * weights[..., None]).sum(1)
-        labels = labels.argmax(2)
+        most, labels = labels.max(2)
+        # A row of zeros shows no class; it repeats one that is there.
+        instead = labels.gather(1, (most > 0).byte().argmax(1, keepdim=True))
+        labels = torch.where(most > 0, labels, instead)
         return ClassTarget(labels, torch.zeros_like(labels, dtype=dtype), dense)
     return _ids(who, logits, labels, weights, ignore_index, leave)
 

@@ -35,7 +35,7 @@ def decoupled_mixup_loss(
             - MixedTarget with labels (N, K), or (N, K, *spatial) for dense masks; weights of that shape, (N, K), or
               broadcastable to it;
             - MixedTarget with one-hot or soft rows (N, K, C) and logits (N, C): the cross entropy takes the rows as
-              they are, the regulariser the largest class of each;
+              they are, the regulariser the largest class of each; a row of zeros has none;
             - integer labels (N,) or (N, *spatial): plain cross entropy, R = 0;
             - dense soft labels (N, C) or (N, C, *spatial), as timm and torchvision make them: the cross entropy takes
               them as they are, the regulariser the two classes that `MixedTarget.from_dense` finds under label

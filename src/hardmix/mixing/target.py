@@ -83,10 +83,14 @@ class MixedTarget(NamedTuple):
             (N,) losses, or (N, *spatial) for dense masks.
 
         Raises:
-            TypeError: a criterion that returns no tensor.
+            TypeError: a criterion that can't be called or returns no tensor.
             ValueError: a criterion that reduces over the batch, whose weighted sum would be another quantity, or that
             returns losses of another shape.
         """
+        if not callable(criterion):
+            raise TypeError(
+                f"MixedTarget.mixed_loss: criterion is a {type(criterion).__name__}; pass a function of labels."
+            )
         rows, losses = self.labels.shape[0], []
         is_rows = self.labels.ndim == 3 and self.weights.ndim == 2 and self.labels.is_floating_point()
         shapes: list[tuple[int, ...]] = [] if any(n > 1 for n in self.weights.shape[2:]) else [(rows,)]
