@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Backward = Callable[..., Any]
+#: Named wherever a plan is drawn: `torch.set_default_device` and `set_default_dtype` are about what the user makes.
+CPU = torch.device("cpu")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -389,3 +389,14 @@ def test_function_transforms_see_a_linear_map(size, kind):
     assert torch.allclose(both, torch.stack([plan.blend(x), plan.blend(v)]), atol=1e-6)
     (grad,) = torch.func.grad(lambda x: (plan.blend(x) * v).sum(), argnums=(0,))(x)
     assert torch.allclose((grad * v).sum(), (plan.blend(v) * v).sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_integers_that_float32_can_not_hold(dtype):
+    ends = torch.iinfo(dtype)
+    x = torch.tensor([[ends.max, ends.min, 16777217 % ends.max, -3]] * 2, dtype=dtype)
+    exact = x.double().clamp(max=2.0**63 - 1024).to(dtype)  # int64 has more digits than float64
+    for weight in (0.0, 0.5, 1.0):
+        mixed = blend.blend_partner(x, torch.tensor([1, 0]), torch.full((2, 1), weight))
+        assert mixed.dtype == dtype
+        assert torch.equal(mixed, exact)

@@ -230,3 +230,16 @@ def test_a_policy_that_does_more_is_found_wherever_it_is(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(RuntimeError, match="RandomChoice: policies holds one that does more than a plan says"):
         RandomChoice([CutMix(), Scheduled(weighing)])(X, torch.arange(6))
+
+
+@pytest.mark.parametrize("side", [30, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_a_pasted_row_beside_a_resized_one_keeps_its_pixels(side: int, dtype: torch.dtype) -> None:
+    x = (torch.rand(8, 1, side, side, generator=rng()) * 30_000).to(dtype)
+    plan = RandomChoice([CutMix(), ResizeMix()], per="sample").plan(x, generator=rng(1))
+    assert plan.fit is not None
+    assert plan.mask is not None
+    pasted = (plan.fit == torch.tensor([[0, side], [0, side]])).flatten(1).all(1)
+    assert 0 < int(pasted.sum()) < 8
+    want = torch.where(plan.mask > 0, x, x[plan.partner])
+    assert torch.equal(plan.blend(x)[pasted], want[pasted])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing import CutMix, MixPlan, Mixup, Policy
@@ -525,3 +528,37 @@ def test_refusals_with_a_model(name: str) -> None:
     policy.attach(model)
     mixed, _ = policy(x, y, generator=rng(1))  # it works as before
     assert mixed.shape == x.shape
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+DEFAULTS = [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")]
+
+
+@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
+@pytest.mark.parametrize("name", [*POLICIES, *MODELLED])
+def test_defaults_of_torch_change_no_draw(name: str, dtype: torch.dtype, device: str) -> None:
+    """Neither `torch.set_default_dtype` nor `torch.set_default_device`, which are about what the user makes."""
+    x, y = torch.rand(6, 3, 16, 16, generator=rng()), torch.arange(6)
+
+    def make() -> tuple[Policy, nn.Module]:
+        return (POLICIES[name]("sample"), nn.Identity()) if name in POLICIES else modelled(name)
+
+    (usual, _model), (policy, _other) = make(), make()
+    want, target = usual(x, y, generator=rng(5))
+    generator = rng(5)
+    with _defaults(dtype, device):
+        got, found = policy(x, y, generator=generator)
+    assert torch.equal(got, want)
+    assert torch.equal(found.labels, target.labels)
+    assert found.weights.dtype == target.weights.dtype
+    assert torch.equal(found.weights, target.weights)

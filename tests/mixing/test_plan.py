@@ -220,10 +220,11 @@ def test_blend_refusals() -> None:
     with pytest.raises(TypeError, match=r"x has dtype torch\.bool"):
         plan.blend(torch.zeros(4, 3, 8, 8, dtype=torch.bool))
     changed = MixPlan(torch.arange(2), torch.ones(2), own=torch.rand(2, 3, 8, 8))
-    with pytest.raises(
-        ValueError, match=r"x has shape \(2, 3, 4, 4\) but the plan's own images have \(2, 3, 8, 8\); draw a plan"
-    ):
+    told = r"x has shape \(2, 3, 4, 4\) and dtype .* but the plan's own images have \(2, 3, 8, 8\) and .*; draw a plan"
+    with pytest.raises(ValueError, match=told):
         changed.blend(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"dtype torch\.float16 but the plan's own images have .* and torch\.float32"):
+        changed.blend(torch.rand(2, 3, 8, 8).half())
     changed = MixPlan(torch.arange(2), torch.ones(2), other=torch.rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"the plan's other images have \(2, 3, 8, 8\)"):
         changed.blend(torch.rand(2, 1, 8, 8))
@@ -290,6 +291,12 @@ def test_a_plan_that_contradicts_itself_is_refused() -> None:
         MixPlan(PARTNER)
     with pytest.raises(ValueError, match=r"MixPlan: box is given without size; pass the spatial size"):
         MixPlan(PARTNER, LAM, box=box)
+    with pytest.raises(ValueError, match=r"MixPlan: fit is given without size; pass the spatial size"):
+        MixPlan(PARTNER, LAM, fit=box)
+    with pytest.raises(ValueError, match=r"MixPlan: shift is 1\.5; pass an integer of at least 0\."):
+        MixPlan(PARTNER, LAM, shift=1.5)
+    with pytest.raises(ValueError, match=r"MixPlan\.identity: rows is -1; pass an integer of at least 0\."):
+        MixPlan.identity(-1)
     with pytest.raises(ValueError, match=r"lam has shape \(4,\) and partner \(5,\); pass \(N,\) and \(N,\)\."):
         MixPlan(PARTNER, LAM[:4])
     with pytest.raises(ValueError, match=r"lam has shape \(5, 1\) and partner \(5, 1\)"):

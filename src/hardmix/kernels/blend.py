@@ -26,6 +26,8 @@ from hardmix.kernels.rows import along_cycles, cycles_of
 _FULL = (torch.float32, torch.float64)
 #: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: The largest int64 that float64 holds; what it rounds to beyond is no int64.
+_LARGEST_INT64 = 2**63 - 1024
 #: Rows from this size on are worth a call each: streaming that much memory takes as long as the call itself.
 _LARGE_ROW_BYTES = 64 * 1024
 #: Values that a narrower batch is turned into float32 at a time.
@@ -35,7 +37,7 @@ _PIECE = 128 * 1024
 def box_mask(box: Tensor, size: tuple[int, ...]) -> Tensor:
     """(N, 1, *size) float32: 0 inside the half-open boxes (N, S, 2), 1 outside; exact up to 2^23 pixels an axis."""
     start, stop = box.to(torch.float32).unbind(2)  # (N, S)
-    at = torch.arange(1.0, 2 * max(size), 2.0, device=box.device)
+    at = torch.arange(1.0, 2 * max(size), 2.0, dtype=torch.float32, device=box.device)
     # Twice the distance of a pixel from the middle of the box, less the box's side, is odd; the last one inside has -1.
     beyond = (at - (start + stop)[..., None]).abs_().sub_((stop - start)[..., None])  # (N, S, longest axis)
     outside = settled(beyond.clamp_(0.0, 1.0))
@@ -52,7 +54,7 @@ def outside_mask(lines: Sequence[Tensor]) -> Tensor:
 
 
 def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """weight * own + (1 - weight) * other, in float32 for half types and integers, rounded once.
+    """weight * own + (1 - weight) * other, in `arithmetic` of the dtype, rounded once.
 
     weight is (N, ...) and broadcastable to `own`; `out` may be `own` itself.
     """
@@ -132,6 +134,11 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
     return out
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """What values of a batch are blended and resampled in: float32, and float64 for what float32 can't hold."""
+    return torch.float64 if dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Something watches the operations: the compiler, autograd, a function transform, or a tensor subclass."""
     if torch.compiler.is_compiling() or is_transformed():
@@ -154,9 +161,12 @@ def mark_written(x: Tensor) -> None:
 def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if own.dtype in _FULL:
         return torch.lerp(other, own, weight if weight.dtype == own.dtype else weight.to(own.dtype), out=out)
-    mixed = torch.lerp(other.to(torch.float32), own.to(torch.float32), weight.to(torch.float32))
+    wide = arithmetic(own.dtype)
+    mixed = torch.lerp(other.to(wide), own.to(wide), weight.to(wide))
     if not own.is_floating_point():
         mixed = mixed.round_()
+    if own.dtype == torch.int64:
+        mixed = mixed.clamp_(max=_LARGEST_INT64)
     if own.dtype == torch.uint8:
         mixed = mixed.to(torch.int32)  # float32 -> int32 -> uint8 is vectorised on a CPU, float32 -> uint8 is not
     return _written(mixed.to(own.dtype) if out is None else mixed, out)

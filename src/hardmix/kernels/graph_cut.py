@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix._math import readable, wide
+from hardmix._math import CPU, readable, wide
 
 
 class Cut(NamedTuple):
@@ -130,8 +130,9 @@ def grid_cut_exact(unary: Tensor, down: Tensor, right: Tensor) -> Cut:
         raise ImportError("grid_cut_exact: SciPy is not installed; pip install scipy.") from None
     layers, height, width = unary.shape[1] - 1, *unary.shape[2:]
     cells = height * width
-    node = torch.arange(layers * cells).view(layers, height, width)  # on the source's side <=> the layer is 1 there
-    source = torch.full((layers * cells,), layers * cells)
+    # on the source's side <=> the layer is 1 there
+    node = torch.arange(layers * cells, device=CPU).view(layers, height, width)
+    source = torch.full((layers * cells,), layers * cells, device=CPU)
     slope = unary.double().cpu().diff(dim=1).flatten(1)  # (N, layers * cells)
     tails, heads, costs = (
         [source, node.flatten()],
@@ -154,7 +155,7 @@ def grid_cut_exact(unary: Tensor, down: Tensor, right: Tensor) -> Cut:
         heads.append(node[0].flatten())
         capacity = torch.cat([capacity, capacity.new_full((len(capacity), cells), 2.0**30)], 1)
     tail, head = torch.cat(tails).numpy(), torch.cat(heads).numpy()
-    labels = torch.zeros(len(unary), cells, dtype=torch.long)
+    labels = torch.zeros(len(unary), cells, dtype=torch.long, device=CPU)
     for row, arcs in zip(labels, capacity.to(torch.int32).numpy(), strict=True):
         graph = coo_array((arcs, (tail, head)), shape=(layers * cells + 2,) * 2).tocsr()
         rest = graph - maximum_flow(graph, layers * cells, layers * cells + 1).flow

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.kernels import blend
 
 
@@ -130,13 +130,13 @@ def _bids(shown: Tensor, s: Tensor, height: int, width: int, xi: float) -> tuple
 def _others(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each block in turn all others, nearest first: which, how far, and 3 block + distance, which ascends."""
     with torch.inference_mode(False):  # kept for every later call
-        y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+        y, x = torch.arange(height, device=CPU).repeat_interleave(width), torch.arange(width, device=CPU).repeat(height)
         far_y, far_x = max(height - 1, 1) ** 2, max(width - 1, 1) ** 2
         # Whole numbers, so that equal distances are equal.
         far = (y - y[:, None]).square() * far_x + (x - x[:, None]).square() * far_y
         distance, others = far.sort(dim=1, stable=True)
         distance, others = distance[:, 1:].double() / (far_y * far_x), others[:, 1:]
-        key = distance + 3 * torch.arange(len(y))[:, None]
+        key = distance + 3 * torch.arange(len(y), device=CPU)[:, None]
         return others.flatten(), distance.flatten(), key.flatten()
 
 
@@ -188,7 +188,7 @@ def blend_blocks(
     if not x.is_cpu or blend.is_traced(x, z):
         other = move_blocks(x.index_select(0, partner), other_plan, grid)
         return _like(x, blend.blend_rows(move_blocks(x, own_plan, grid), other, mask, out=out))
-    stay = torch.arange(grid[0] * grid[1])
+    stay = torch.arange(grid[0] * grid[1], device=CPU)
     share = z.flatten(1)
     row, place = (((own_plan != stay) & (share > 0)) | ((other_plan != stay) & (share < 1))).nonzero(as_tuple=True)
     if not len(row):
@@ -238,7 +238,7 @@ def _like(x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _ranges(length: int, blocks: int) -> list[slice]:
-    ends = _start(torch.arange(blocks + 1), length, blocks).tolist()
+    ends = _start(torch.arange(blocks + 1, device=CPU), length, blocks).tolist()
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
@@ -257,14 +257,14 @@ def _addresses(x: Tensor, image: Tensor, place: Tensor, block: Tensor, grid: tup
     """Where in `_flat(x)` the pixels lie that places of some images read when they show blocks: (M, C, height, width)
     with the sides of the largest block. A smaller place has its last row or column several times."""
     _, channels, height, width = x.stride()
-    where = (image * x.stride(0))[:, None] + torch.arange(x.shape[1]) * channels
+    where = (image * x.stride(0))[:, None] + torch.arange(x.shape[1], device=CPU) * channels
     axes = []
     for length, blocks, at, shown in (
         (x.shape[2], grid[0], place // grid[1], block // grid[1]),
         (x.shape[3], grid[1], place % grid[1], block % grid[1]),
     ):
         at, shown = at[:, None], shown[:, None]
-        pixel = torch.arange(-(-length // blocks)) + _start(at, length, blocks)
+        pixel = torch.arange(-(-length // blocks), device=CPU) + _start(at, length, blocks)
         pixel = torch.minimum(pixel, _start(at + 1, length, blocks) - 1)
         axes.append(_pixel(shown, at, pixel, length, blocks))
     down, right = (axes[0] * height)[:, None, :, None], (axes[1] * width)[:, None, None, :]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import wide
 from hardmix.kernels import blend
 from hardmix.kernels.rows import along_cycles, cycles_of, parts_of, run_parts, spans
 
@@ -32,8 +32,11 @@ def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
     """
     if _row_by_row(x, box):
         return _fill_windows(torch.zeros_like(x), box, _partner_rows(x, partner.tolist()))
-    out = _resample(x.index_select(0, partner), _positions(x, box))
-    return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)  # keeps the memory format
+    other = x.index_select(0, partner)
+    ends = [(box[:, axis, 0] == 0) & (box[:, axis, 1] == length) for axis, length in enumerate(x.shape[2:])]
+    whole = reduce(torch.logical_and, ends)  # (N,) nothing is resized there, and nothing rounded
+    out = torch.where(whole.view(-1, *[1] * (x.ndim - 1)), other, _resample(other, _positions(x, box)))
+    return _as_laid_out(x, out)
 
 
 def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -48,7 +51,8 @@ def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None
         return _fill_windows(out, box, _partner_rows(clean, partners), around=blend.as_array(clean))
     if out is x:
         x = x.clone()  # a row may be its partner's partner
-    return blend.blend_rows(x, resize_into_boxes(x, partner, box), blend.box_mask(box, tuple(x.shape[2:])), out=out)
+    other = _as_laid_out(x, _resample(x.index_select(0, partner), _positions(x, box)))
+    return blend.blend_rows(x, other, blend.box_mask(box, tuple(x.shape[2:])), out=out)
 
 
 def nearest_into_boxes(y: Tensor, partner: Tensor, box: Tensor) -> Tensor:
@@ -81,6 +85,11 @@ def _row_by_row(x: Tensor, box: Tensor) -> bool:
     return not box.is_floating_point() and x[0].numel() >= _LARGE_ROW
 
 
+def _as_laid_out(x: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory format of `x`."""
+    return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)
+
+
 def _partner_rows(x: Tensor, partners: list[int]) -> list[list[tuple[int, np.ndarray]]]:
     """For each thread: (row, the bits of its partner)."""
     rows = blend.as_array(x)
@@ -102,6 +111,7 @@ def _fill_windows(
     grid_of = _grids_of_windows(_positions(out, box))
     mixed = blend.as_array(out)
     windows = [tuple(slice(start, stop) for start, stop in edges) for edges in box.tolist()]
+    everything = tuple(slice(0, length) for length in out.shape[2:])
 
     def fill(part: Iterable[tuple[int, np.ndarray]]) -> None:
         # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is
@@ -112,6 +122,9 @@ def _fill_windows(
             streamed[0] = source
             if around is not None:
                 mixed[row] = around[row]  # here, where the row stays in the cache for what follows
+            if windows[row] == everything:  # nothing is resized, and nothing rounded
+                mixed[row] = streamed[0]
+                continue
             place = (slice(None), *windows[row])
             mixed[row][place] = blend.as_array(_sample(near, grid_of(row, windows[row])))[0]
 
@@ -127,7 +140,7 @@ def _positions(x: Tensor, box: Tensor) -> list[Tensor]:
 
 def _centres(start: Tensor | int, stop: Tensor | int, length: int, like: Tensor) -> Tensor:
     """The centres of `length` pixels, with -1 at `start` and 1 at `stop`. (length,) or (N, length)"""
-    centre = torch.arange(length, device=like.device, dtype=wide(like.dtype)) + 0.5
+    centre = torch.arange(length, device=like.device, dtype=blend.arithmetic(like.dtype)) + 0.5
     return (centre - start) * 2.0 / (stop - start) - 1.0
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move
+from hardmix._math import CPU
+from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
 from hardmix.mixing.gradients import model_input
 from hardmix.mixing.learned import LearnedPolicy, mean_share
 from hardmix.mixing.mask_block import JointMask
@@ -251,9 +252,9 @@ class AdAutoMix(LearnedPolicy):
         """((N, K) rows, (N, K) shares): the row itself and K - 1 others, each a cyclic shift away, none twice if there
         are enough."""
         rows, others = x.shape[0], self.samples - 1
-        shifts = torch.randperm(max(rows - 1, 1), generator=generator) + 1
-        shifts = torch.cat([torch.zeros(1, dtype=torch.long), shifts[torch.arange(others) % len(shifts)]])
-        partner = (torch.arange(rows)[:, None] + shifts) % rows
+        shifts = torch.randperm(max(rows - 1, 1), device=CPU, generator=generator) + 1
+        shifts = F.pad(shifts[row_numbers(others) % len(shifts)], (1, 0))
+        partner = (row_numbers(rows)[:, None] + shifts) % rows
         count = self._count(rows)
         draws = draw_beta(self.alpha, self.alpha, count * self.samples, generator).view(count, self.samples)
         draws = draws + torch.finfo(draws.dtype).tiny

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, move
 from hardmix.mixing.gradients import check_layer, check_model, hidden_map
@@ -88,7 +88,7 @@ class AttentiveMix(AskingPolicy):
         if self.plus:
             kept = (self._lam(pairing, generator) * count).floor_().clamp_(min=1.0)
         elif self.cells < count:
-            kept = torch.full((1,), float(self.cells))
+            kept = torch.full((1,), float(self.cells), dtype=torch.float32, device=CPU)
         else:
             raise ValueError(
                 f"AttentiveMix: cells is {self.cells} but the map of layer {self.layer!r} has {down} x {across} "

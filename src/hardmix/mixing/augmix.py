@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.kernels import blend as kernel
 from hardmix.kernels import warp
 from hardmix.mixing.draw import Pairing, draw_beta, move, uniform
@@ -69,7 +69,7 @@ class AugMix(Policy):
         low, high = self.depth
         count = self._count(rows)
         draws = uniform(0.0, 1.0, (count, self.width, 1 + 3 * high), generator)
-        shape = torch.full((count, self.width), self.alpha, dtype=torch.float64)
+        shape = torch.full((count, self.width), self.alpha, dtype=torch.float64, device=CPU)
         # Gamma draws over their sum are a Dirichlet draw. The floor keeps a small alpha from giving 0 / 0.
         gamma = torch._standard_gamma(shape, generator=generator).clamp(min=1e-300)
         share = (gamma / gamma.sum(1, keepdim=True)).to(torch.float32)

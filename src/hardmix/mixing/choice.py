@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.mixing.draw import Pairing, cpu_generator, move
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
@@ -139,7 +140,8 @@ class RandomChoice(Policy):
         return self._members()[int(self._draw_choice(1, generator))]
 
     def _draw_choice(self, count: int, generator: Generator | None) -> Tensor:
-        return torch.multinomial(torch.tensor(self.p), count, replacement=True, generator=generator)
+        p = torch.tensor(self.p, dtype=torch.float32, device=CPU)
+        return torch.multinomial(p, count, replacement=True, generator=generator)
 
 
 class Scheduled(Policy):
@@ -262,7 +264,8 @@ def combine(plans: list[MixPlan], choice: Tensor, x: Tensor) -> MixPlan:
         mask = pick([p.lam.view(-1, 1, *ones).expand(rows, 1, *size) if m is None else m for m, p in shares])
     if any(plan.fit is not None for plan in plans):
         # A box as large as the image leaves the partner as it is.
-        whole = move(torch.stack([torch.tensor([0, length]) for length in size]).expand(rows, -1, -1), x.device)
+        whole = torch.tensor([(0, length) for length in size], device=CPU).expand(rows, -1, -1)
+        whole = move(whole, x.device)
         fit = pick([whole if plan.fit is None else plan.fit for plan in plans])
     if any(plan.own is not None for plan in plans):
         own = pick([x if plan.own is None else plan.own for plan in plans])

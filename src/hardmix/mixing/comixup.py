@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.kernels.transport import block_of, show_blocks
 from hardmix.mixing.asking import AskingPolicy
-from hardmix.mixing.draw import Pairing, cpu_generator, move
+from hardmix.mixing.draw import Pairing, cpu_generator, move, uniform
 from hardmix.mixing.gradients import input_saliency
 from hardmix.mixing.optimal import block_shares, check_blocks
 from hardmix.mixing.plan import MixPlan
@@ -170,10 +171,10 @@ class CoMixup(AskingPolicy):
             return self._joint(x, y, generator)
 
     def _joint(self, x: Tensor, y: Tensor, generator: Generator | None) -> JointPlan:
-        blocks = self.blocks[int(torch.randint(len(self.blocks), (1,), generator=generator))]
+        blocks = self.blocks[int(torch.randint(len(self.blocks), (1,), device=CPU, generator=generator))]
         grid = (min(blocks, x.shape[2]), min(blocks, x.shape[3]))
         rows, valid = parts_of(x.shape[0], self.part)  # (P, m)
-        start = torch.rand(self.starts, *rows.shape, grid[0] * grid[1], generator=generator)
+        start = uniform(0.0, 1.0, (self.starts, *rows.shape, grid[0] * grid[1]), generator)
         log_weight = _log_dirichlet(self.alpha, valid, generator)
         saliency = input_saliency(self._model(), x, y, who="CoMixup")
         with torch.no_grad():
@@ -294,7 +295,7 @@ class JointProblem:
             a, b = torch.combinations(torch.arange(most.shape[1], device=cost.device)).unbind(1)
             half = (F.one_hot(index[:, a], m) + F.one_hot(index[:, b], m)).to(cost.dtype) / 2
             labels = torch.cat([labels, half], 1)  # (P, K, m)
-            costs = torch.cat([cost, half @ cost + _NEVER * (most[:, b, None] <= 0)], 1)  # (P, K, n)
+            costs = torch.cat([cost, half @ cost + _NEVER * (most[:, b, None] <= 0).to(cost.dtype)], 1)  # (P, K, n)
         back = labels.transpose(1, 2)
         fixed = costs + self.border / 2 * labels.square().sum(2, keepdim=True) * self.near.sum(0)
         energy = costs
@@ -308,8 +309,8 @@ def parts_of(rows: int, size: int) -> tuple[Tensor, Tensor]:
     """The rows of each part (P, m), m <= size, in order; parts that are one shorter have a last entry that is not
     valid: (P, m) bool."""
     count = -(-rows // size)
-    start = torch.arange(count + 1) * rows // count
-    at = start[:-1, None] + torch.arange(-(-rows // count))
+    start = torch.arange(count + 1, device=CPU) * rows // count
+    at = start[:-1, None] + torch.arange(-(-rows // count), device=CPU)
     return at.clamp(max=rows - 1), at < start[1:, None]
 
 
@@ -331,7 +332,7 @@ def shown_shares(joint: JointPlan, size: tuple[int, int]) -> tuple[Tensor, Tenso
         torch.bincount(block_of(n, blocks, device), minlength=blocks) for n, blocks in zip(size, grid, strict=True)
     ]
     pixels = (sides[0][:, None] * sides[1]).to(torch.float32)
-    shares = torch.zeros(count, count, device=device)
+    shares = torch.zeros(count, count, dtype=torch.float32, device=device)
     for row, share in ((joint.first, joint.share), (joint.second, 1.0 - joint.share)):
         shares.scatter_add_(1, row.flatten(1), (share * pixels).flatten(1))
     most = min(count, max(2, int((shares > 0).sum(1).max())))
@@ -355,9 +356,9 @@ def _distances(saliency: Tensor) -> Tensor:
 
 def _log_dirichlet(alpha: float, valid: Tensor, generator: Generator | None) -> Tensor:
     """(P, m) float64 logarithms of Dirichlet(alpha, ..., alpha) draws over the valid entries, at least log 1e-8."""
-    shape = torch.full(valid.shape, alpha, dtype=torch.float64)
+    shape = torch.full(valid.shape, alpha, dtype=torch.float64, device=CPU)
     # As in `draw_beta`: a small alpha would give 0 / 0.
     gamma = torch._standard_gamma(shape + 1.0, generator=generator)
-    uniform = torch.rand(valid.shape, dtype=torch.float64, generator=generator).clamp_(min=2.0**-60)
+    uniform = torch.rand(valid.shape, dtype=torch.float64, device=CPU, generator=generator).clamp_(min=2.0**-60)
     log_gamma = (gamma.log() + uniform.log() / alpha).masked_fill(~valid, -torch.inf)
     return log_gamma.log_softmax(1).clamp(min=math.log(1e-8))

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import settled
+from hardmix._math import CPU, settled
 
 PAIRINGS = ("shift", "permutation", "reversal", "matching")
 PER = ("batch", "pair", "sample")
@@ -53,21 +53,21 @@ def draw_partner(n: int, pairing: str, generator: Generator | None) -> Pairing:
     """
     if pairing == "shift":
         if n == 1:
-            return Pairing(torch.zeros(1, dtype=torch.long), 0)
+            return Pairing(torch.zeros(1, dtype=torch.long, device=CPU), 0)
         # Not randint, which would be compiled anew for each batch size; in float64 the product stays below n - 1.
         unit = _of(generator, torch.rand, 1, dtype=torch.float64)
         if torch.compiler.is_compiling():  # may not read k on the host; a gather is fused with the blend there
-            return Pairing(settled((torch.arange(n) + (unit * (n - 1)).long() + 1) % n), None)
+            return Pairing(settled((row_numbers(n) + (unit * (n - 1)).long() + 1) % n), None)
         shift = int(unit.item() * (n - 1)) + 1
-        return Pairing(torch.arange(shift, shift + n).remainder_(n), shift)
+        return Pairing(torch.arange(shift, shift + n, device=CPU).remainder_(n), shift)
     if pairing == "permutation":
         return Pairing(_of(generator, torch.randperm, n), None)
     if pairing == "reversal":
-        return Pairing(torch.arange(n - 1, -1, -1), None)
+        return Pairing(torch.arange(n - 1, -1, -1, device=CPU), None)
     order = _of(generator, torch.randperm, n)
     half = n // 2
     first, second = order[:half], order[half : 2 * half]
-    partner = torch.arange(n).index_put((first,), second).index_put((second,), first)
+    partner = row_numbers(n).index_put((first,), second).index_put((second,), first)
     return Pairing(partner, None)
 
 
@@ -92,9 +92,9 @@ def draw_beta(a: float, b: float, n: int, generator: Generator | None) -> Tensor
     gammas underflow to 0 and their plain ratio is 0 / 0. Beta(1, 1) is the uniform distribution and drawn as such.
     """
     if a == 1.0 and b == 1.0:
-        return _of(generator, torch.rand, n)
+        return _of(generator, torch.rand, n, dtype=torch.float32)
     # Below 1e-306 the logarithms would overflow, and their difference be NaN.
-    shape = torch.tensor([[max(a, 1e-300)], [max(b, 1e-300)]], dtype=torch.float64)
+    shape = torch.tensor([[max(a, 1e-300)], [max(b, 1e-300)]], dtype=torch.float64, device=CPU)
     gamma = torch._standard_gamma((shape + 1.0).expand(2, n), generator=generator)
     # rand can return 0, whose logarithm is -inf for both gammas and their difference NaN.
     uniform = _of(generator, torch.rand, (2, n), dtype=torch.float64).clamp_(min=2.0**-60)
@@ -112,19 +112,24 @@ def draw_lam(alpha: float, pairing: Pairing, per: str, generator: Generator | No
         return draw_beta(alpha, alpha, 1, generator).expand(n).contiguous()
     lam = draw_beta(alpha, alpha, n, generator)
     if per == "pair":
-        lam = lam[torch.minimum(torch.arange(n), pairing.partner)]
+        lam = lam[torch.minimum(row_numbers(n), pairing.partner)]
     return lam
 
 
 def uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     """float32 draws, uniform in [low, high)."""
-    draws = _of(generator, torch.rand, shape)
+    draws = _of(generator, torch.rand, shape, dtype=torch.float32)
     return draws if (low, high) == (0.0, 1.0) else draws.mul_(high - low).add_(low)
 
 
 def normal(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     """float32 standard normal draws."""
-    return _of(generator, torch.randn, shape)
+    return _of(generator, torch.randn, shape, dtype=torch.float32)
+
+
+def row_numbers(count: int) -> Tensor:
+    """0 to count - 1 on the CPU, as long."""
+    return torch.arange(count, device=CPU)
 
 
 def move(value: Tensor, device: torch.device | str) -> Tensor:
@@ -133,6 +138,8 @@ def move(value: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _of(generator: Generator | None, draw: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """draw(*args), from `generator` where there is one. Naming a generator, even None, picks an overload that
-    torch.compile compiles anew for each batch size."""
-    return draw(*args, **kwargs) if generator is None else draw(*args, **kwargs, generator=generator)
+    """draw(*args) on the CPU, from `generator` where there is one."""
+    # Naming a generator, even None, picks an overload that torch.compile compiles anew for each batch size.
+    if generator is None:
+        return draw(*args, **kwargs, device=CPU)
+    return draw(*args, **kwargs, device=CPU, generator=generator)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from hardmix._math import settled, wide
+from hardmix._math import CPU, settled, wide
 from hardmix.mixing.draw import normal
 
 SPECTRA = ("isotropic", "released")
@@ -79,26 +79,31 @@ def _sum_waves(weights: Tensor, waves: list[Tensor]) -> Tensor:
 
 def _waves(length: int, limit: int) -> Tensor:
     """(2 limit + 1, length): cosines of 0..limit cycles, then sines of 1..limit cycles."""
-    at = torch.arange(length) / length
-    cosine = torch.cos(2.0 * math.pi * torch.arange(limit + 1)[:, None] * at)
-    sine = torch.sin(2.0 * math.pi * torch.arange(1, limit + 1)[:, None] * at)
+    at = _whole(length) / length
+    cosine = torch.cos(2.0 * math.pi * _whole(limit + 1)[:, None] * at)
+    sine = torch.sin(2.0 * math.pi * _whole(limit + 1)[1:, None] * at)
     return torch.cat([cosine, sine])
+
+
+def _whole(count: int) -> Tensor:
+    """0 to count - 1 in float32."""
+    return torch.arange(count, dtype=torch.float32, device=CPU)
 
 
 def _frequencies(length: int, limit: int) -> Tensor:
     """The frequency per pixel of each row of `_waves`."""
-    cycles = torch.arange(limit + 1)
+    cycles = _whole(limit + 1)
     return torch.cat([cycles, cycles[1:]]) / length
 
 
 def _amplitude(size: tuple[int, ...], limits: list[int], decay: float) -> Tensor:
     """Amplitude of each product of waves. A wave of no cycles has twice the energy of a cosine, hence the root of 2."""
-    square = torch.zeros(())
-    scale = torch.ones(())
+    square = torch.zeros((), dtype=torch.float32, device=CPU)
+    scale = torch.ones((), dtype=torch.float32, device=CPU)
     for length, limit in zip(size, limits, strict=True):
         along = _frequencies(length, limit)
         square = square[..., None] + along**2
-        scale = scale[..., None] * torch.where(along > 0, math.sqrt(2.0), 1.0)
+        scale = scale[..., None] * torch.where(along > 0, torch.full_like(along, math.sqrt(2.0)), 1.0)
     longest = max(size)
     # In units of the lowest frequency: the power of a small number would leave float32 for a steep decay.
     return scale * (square.sqrt() * longest).clamp(min=1.0) ** -decay
@@ -113,7 +118,7 @@ def _released(rows: int, size: tuple[int, ...], limit: int, decay: float, genera
     """
     height, width = size
     longest = max(size)
-    across = torch.arange(limit + 1) / width
+    across = _whole(limit + 1) / width
     noise = normal((2, rows, limit + 1, 2), generator)
     a, b = (
         noise[row] * ((across**2 + (row / height) ** 2).sqrt() * longest).clamp(min=1.0)[:, None] ** -decay
@@ -153,7 +158,7 @@ def largest(values: Tensor, keep: Tensor) -> Tensor:
             break
         margin *= 4  # the sample misled
     between = values[row, at]
-    place = torch.arange(row.shape[0]) - (number.cumsum(0) - number)[row]
+    place = torch.arange(row.shape[0], device=CPU) - (number.cumsum(0) - number)[row]
     padded = values.new_full((rows, int(number.max()) + 1), -math.inf)
     padded[row, place] = between
     padded[:, -1] = math.inf  # what is above all, where none is missing

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import PAIRINGS, LabelPairing, Pairing, move
 from hardmix.mixing.plan import MixPlan
@@ -98,7 +98,7 @@ class _Greedy(LabelPairing):
 
     def draw(self, who: str, y: Tensor | None, rows: int, generator: Generator | None) -> Pairing:
         """No partners yet."""
-        return Pairing(torch.empty(0, dtype=torch.long), None)
+        return Pairing(torch.empty(0, dtype=torch.long, device=CPU), None)
 
     def __str__(self) -> str:
         return "greedy"

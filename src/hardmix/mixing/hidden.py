@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.mixing.draw import LabelPairing, Pairing, cpu_generator
 from hardmix.mixing.gradients import check_model
 from hardmix.mixing.plan import MixPlan
@@ -122,7 +123,7 @@ class ManifoldMixup(Policy):
         cpu_generator(who, generator)
         state.used = None
         first = 0 if self.include_input else 1
-        layer = int(torch.randint(first, len(state.names) + 1, (1,), generator=generator)) - 1
+        layer = int(torch.randint(first, len(state.names) + 1, (1,), device=CPU, generator=generator)) - 1
         if layer < 0:
             return super().forward(x, y, generator=generator, kind=kind)
         plan, target = self._plan_and_target(x, y, generator, kind)

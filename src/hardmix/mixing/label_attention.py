@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.attention import Grid
 from hardmix.mixing.attention_policy import LabelPolicy, patch_share, pixel_share
 from hardmix.mixing.attention_reader import Attention
@@ -172,7 +172,7 @@ class TLAlign(LabelPolicy):
         centre = self._rows(pairing, uniform(0.0, 1.0, (x.shape[0], 2), generator))
         patches = (grid.rows, grid.columns)
         box = cut_box(cut_side(lam, 2), whole_pixels(centre, patches), patches)
-        box = box * torch.tensor([[grid.height], [grid.width]])
+        box = box * torch.tensor([[grid.height], [grid.width]], device=CPU)
         plan = MixPlan(pairing.partner, full_box_share(box, size), box=box, size=size, shift=pairing.shift)
         return plan.to(x.device)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import settled
+from hardmix._math import CPU, settled
 from hardmix.kernels.blend import outside_mask
 from hardmix.mixing.draw import Pairing, move, uniform
 from hardmix.mixing.field import SPECTRA, low_frequency_mask
@@ -49,7 +49,7 @@ class SmoothMix(Policy):
         sigma = uniform(*self.sigma, (count, 1), generator)
         bells = []
         for axis, length in enumerate(size):
-            at = (torch.arange(length) + 0.5) / length
+            at = (torch.arange(length, dtype=torch.float32, device=CPU) + 0.5) / length
             bell = torch.exp(-0.5 * ((at - centre[:, axis, None]) / sigma) ** 2)
             bells.append(self._rows(pairing, bell)[:count])  # (count, length)
         # The mean of a product of lines is the product of their means, so only lines travel to the device.
@@ -113,7 +113,7 @@ class GridMix(Policy):
         cell = (windows[-1] / cells).ceil_()
         hole = (side * cell).round_()
         corner = (draws[:, 3:].T * (lengths - windows + 1.0)).floor_()
-        at = torch.arange(float(max(size))) - corner[..., None]  # (S, N, longest axis)
+        at = torch.arange(max(size), dtype=torch.float32, device=CPU) - corner[..., None]  # (S, N, longest axis)
         place = (at / cell[:, None]).floor_().mul_(-cell[:, None]).add_(at)  # at mod cell
         # At least 1 beyond the hole, the window's end or its start, and at most 0 in a hole.
         beyond = torch.maximum(place.sub_(hole[:, None]), at - windows[..., None]).add_(1.0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.kernels.graph_cut import grid_cut
 from hardmix.kernels.transport import blend_blocks, move_blocks, pool_blocks, spread_blocks, transport_blocks
 from hardmix.mixing.asking import AskingPolicy
@@ -98,7 +98,7 @@ class PuzzleMix(AskingPolicy):
         return f"blocks={list(self.blocks)}, {settings}, transport={self.transport}, {super().extra_repr()}"
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
-        blocks = self.blocks[int(torch.randint(len(self.blocks), (1,), generator=generator))]
+        blocks = self.blocks[int(torch.randint(len(self.blocks), (1,), device=CPU, generator=generator))]
         lam, partner = move(self._lam(pairing, generator), x.device), move(pairing.partner, x.device)
         saliency = input_saliency(self._model(), x, y, who="PuzzleMix")
         with torch.no_grad():

@@ -65,8 +65,11 @@ class MixPlan:
                 a share nor a place. Values are not looked at: a row of `partner` below 0 or beyond the batch may raise
                 an error of torch, or mix with another row.
         """
-        if box is not None and size is None:
-            raise ValueError("MixPlan: box is given without size; pass the spatial size that the boxes refer to.")
+        for name, value in (("box", box), ("fit", fit)):
+            if value is not None and size is None:
+                raise ValueError(f"MixPlan: {name} is given without size; pass the spatial size that it refers to.")
+        if shift is not None:
+            _check.integer("MixPlan", "shift", shift, 0)
         if size is not None and not isinstance(size, tuple):
             raise TypeError(f"MixPlan: size is {size!r}; pass a tuple of the spatial lengths.")
         partner = _integers("partner", partner)
@@ -109,7 +112,8 @@ class MixPlan:
     @classmethod
     def identity(cls, rows: int, device: torch.device | str = "cpu") -> MixPlan:
         """The plan that mixes nothing: each row is its own partner and lam = 1."""
-        return cls(torch.arange(rows, device=device), torch.ones(rows, device=device), shift=0)
+        rows = _check.integer("MixPlan.identity", "rows", rows, 0)
+        return cls(torch.arange(rows, device=device), torch.ones(rows, dtype=torch.float32, device=device), shift=0)
 
     @property
     def other(self) -> Tensor | None:
@@ -161,10 +165,11 @@ class MixPlan:
     def blend(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Mix a batch: images, volumes, series, features, second views or hidden states. `x` is never written.
 
-        Floating-point inputs keep their dtype (half types are blended in float32 and rounded once), uint8 is rounded to
-        the nearest integer, and the memory format is kept. Where `x` has another spatial size than the mask (a hidden
-        map), the mask is averaged onto it. Where `x` has no spatial axes (features), rows are blended by `lam`. Boxes
-        copy their pixels; any other mask is a weight, and a NaN or an infinity shows through a weight of 0 as NaN.
+        Inputs keep their dtype: half types are blended in float32 and rounded once, integers rounded to the nearest one
+        (int64 by way of float64, so to 53 bits). The memory format is kept. Where `x` has another spatial size than the
+        mask (a hidden map), the mask is averaged onto it. Where `x` has no spatial axes (features), rows are blended by
+        `lam`. Boxes copy their pixels; any other mask is a weight, and a NaN or an infinity shows through a weight of 0
+        as NaN.
 
         Args:
             x: (N, ...) batch.
@@ -173,8 +178,8 @@ class MixPlan:
 
         Raises:
             ValueError: another number of rows than the plan, another device, a rank that the mask can't be put on,
-                another shape than the changed images that the plan carries, or an `out` that is not like `x`, shares
-                its memory or requires a gradient.
+                another shape or dtype than the changed images that the plan carries, or an `out` that is not like `x`,
+                shares its memory or requires a gradient.
         """
         self._check_rows("MixPlan.blend", x)
         if out is not None:
@@ -212,10 +217,10 @@ class MixPlan:
                 return kernel.paste_boxes(x, self.partner, box, out=out)
             return kernel.blend_partner(x, self.partner, weight, shift=shift, out=out)
         for name, changed in (("own", own), ("other", other)):
-            if changed is not None and changed.shape != x.shape:
+            if changed is not None and (changed.shape, changed.dtype) != (x.shape, x.dtype):
                 raise ValueError(
-                    f"MixPlan.blend: x has shape {tuple(x.shape)} but the plan's {name} images have "
-                    f"{tuple(changed.shape)}; draw a plan for this batch."
+                    f"MixPlan.blend: x has shape {tuple(x.shape)} and dtype {x.dtype} but the plan's {name} images "
+                    f"have {tuple(changed.shape)} and {changed.dtype}; draw a plan for this batch."
                 )
         if other is None:
             other = x if shift == 0 else x.index_select(0, self.partner)
@@ -366,4 +371,4 @@ def full_box_share(box: Tensor, size: tuple[int, ...]) -> Tensor:
     start, stop = box.unbind(2)
     area = reduce(torch.mul, (stop - start).unbind(1))
     pixels = math.prod(size)
-    return (pixels - area) / pixels
+    return (pixels - area).to(torch.float32) / pixels

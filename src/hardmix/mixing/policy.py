@@ -17,6 +17,7 @@ from hardmix.mixing.draw import (
     draw_lam,
     draw_partner,
     given_partner,
+    row_numbers,
 )
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -81,7 +82,7 @@ class Policy(nn.Module):
         pairing = given_partner(who, partner, n)
         if self.per == "pair" and not torch.compiler.is_compiling():
             back = pairing.partner[pairing.partner]
-            if not torch.equal(back, torch.arange(n)):
+            if not torch.equal(back, row_numbers(n)):
                 raise ValueError(
                     f'{who}: partner has no pairs but per is "pair"; pass rows with partner[partner[i]] == i, '
                     'or use per="sample".'
@@ -158,9 +159,9 @@ class Policy(nn.Module):
 
     def _rows(self, pairing: Pairing, values: Tensor) -> Tensor:
         """Share draws (N or 1, ...) as `per` says: all take row 0's, or each pair its lower row's. (N, ...)"""
-        rows = pairing.partner.shape[0]
+        count = pairing.partner.shape[0]
         if self.per == "batch":
-            return values[:1].expand(rows, *values.shape[1:])
+            return values[:1].expand(count, *values.shape[1:])
         if self.per == "pair":
-            return values[torch.minimum(torch.arange(rows), pairing.partner)]
+            return values[torch.minimum(row_numbers(count), pairing.partner)]
         return values

@@ -174,9 +174,9 @@ class SnapPlan(MixPlan):
 
 def _around(seen: Tensor, box: Tensor, size: tuple[int, ...]) -> Tensor:
     """Boxes (N, S, 2) that a whole image has to be resized into for its pixels in `seen` to fill `box`."""
-    zoom = (box[..., 1] - box[..., 0]) / (seen[..., 1] - seen[..., 0])  # (N, S) float32
+    zoom = (box[..., 1] - box[..., 0]).to(torch.float32) / (seen[..., 1] - seen[..., 0])  # (N, S)
     start = box[..., 0] - seen[..., 0] * zoom
-    lengths = torch.stack([torch.full((), float(length), device=box.device) for length in size])
+    lengths = torch.stack([torch.full((), float(length), dtype=torch.float32, device=box.device) for length in size])
     return torch.stack([start, start + lengths * zoom], 2)
 
 

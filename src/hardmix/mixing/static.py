@@ -117,5 +117,5 @@ def axis_lengths(size: tuple[int, ...], device: torch.device) -> Tensor:
     """What (S, N) positions are multiplied with: (S, 1) float32, or () where all axes are equally long."""
     # Filled in on the device: a copy from the host would have to wait for it.
     if all(length == size[0] for length in size):  # a set would make constants of them in torch.compile
-        return torch.full((), float(size[0]), device=device)
-    return torch.stack([torch.full((1,), float(length), device=device) for length in size])
+        return torch.full((), float(size[0]), dtype=torch.float32, device=device)
+    return torch.stack([torch.full((1,), float(length), dtype=torch.float32, device=device) for length in size])

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.adautomix import Mixture
 from hardmix.mixing.asking import AskingPolicy
-from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move
+from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
 from hardmix.mixing.gradients import check_model, model_input, undisturbed
 from hardmix.mixing.learned import mean_share
 from hardmix.mixing.plan import MixPlan
@@ -192,9 +192,9 @@ class SuperMix(AskingPolicy):
     def _draw_rows(self, rows: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """((N, K) rows, (N, K) proportions). Partners are cyclic shifts away, none the same if there are enough."""
         others = max(rows - 1, 1)
-        shifts = torch.randperm(others, generator=generator)[torch.arange(self.sources - 1) % others] + 1
-        partner = (torch.arange(rows)[:, None] + F.pad(shifts, (1, 0))) % rows
-        rest, shares = torch.ones(rows), []
+        shifts = torch.randperm(others, device=CPU, generator=generator)[row_numbers(self.sources - 1) % others] + 1
+        partner = (row_numbers(rows)[:, None] + F.pad(shifts, (1, 0))) % rows
+        rest, shares = torch.ones(rows, dtype=torch.float32, device=CPU), []
         for later in range(self.sources - 1, 0, -1):  # a stick is broken: the first of its parts is a Beta
             part = rest * draw_beta(self.alpha, later * self.alpha, rows, generator)
             shares.append(part)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.attention import Grid
 from hardmix.mixing.attention_policy import AttentionPolicy, logits_of, pixel_share
-from hardmix.mixing.draw import Pairing, move, uniform
+from hardmix.mixing.draw import Pairing, move, row_numbers, uniform
 from hardmix.mixing.field import largest
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -267,9 +267,9 @@ def block_mask(targets: Tensor, size: tuple[int, int], generator: Generator | No
     when nothing is missing or ten rectangles in a row were not taken. All rows draw together, each its own.
     """
     rows, columns = size
-    mask = torch.zeros(targets.shape[0], rows, columns, dtype=torch.bool)
+    mask = torch.zeros(targets.shape[0], rows, columns, dtype=torch.bool, device=CPU)
     missing, failed = targets.clone(), torch.zeros_like(targets)
-    down, across = torch.arange(rows), torch.arange(columns)
+    down, across = row_numbers(rows), row_numbers(columns)
     while bool((open_ := (missing > 0) & (failed < 10)).any()):
         draws = uniform(0.0, 1.0, (targets.shape[0], 4), generator)
         area = 1.0 + draws[:, 0] * (missing - 1)
