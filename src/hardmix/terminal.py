@@ -4,18 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from typer.core import TyperCommand, TyperGroup
 
 from hardmix.launcher import first_rank
 
 console = Console(highlight=False)
 #: wider than any table; one is only as wide as its cells
 ANY_WIDTH = 100_000
+#: from which on there is room for a bar and for the time that has gone by
+BAR_WIDTH = 110
+
+
+class _PlainHelp:
+    """Help without a type for flags, which take no value, and with paragraphs that fill the lines of the terminal."""
+
+    help: str | None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        paragraphs = cleandoc(self.help or "").split("\n\n")
+        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Verb(_PlainHelp, TyperCommand):
+    """A verb of the command line."""
+
+
+class Verbs(_PlainHelp, TyperGroup):
+    """All of them."""
 
 
 def say_where(what: str, path: Path) -> None:
@@ -33,15 +63,30 @@ def print_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
 def _columns() -> list[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    wide = console.width >= BAR_WIDTH
     return [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
+        _cut("{task.description}"),
+        *([BarColumn()] if wide else []),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _cut("{task.fields[note]}"),
+        *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if wide else []),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     ]
+
+
+def _cut(text: str) -> Any:
+    """A column that gives way on a narrow line, so that the steps and the time left can be read."""
+    from rich.progress import TextColumn
+
+    class Cut(TextColumn):
+        def render(self, task: Any) -> Any:
+            shown = super().render(task)
+            shown.no_wrap, shown.overflow = True, "ellipsis"
+            return shown
+
+    # Only columns that may wrap are narrowed; their text is cut instead.
+    return Cut(text, table_column=Column())
 
 
 def _note(event: dict[str, Any]) -> str:
@@ -94,11 +139,18 @@ def many_bars(labels: list[str]) -> Iterator[Any]:
 
 def print_summary(summary: dict[str, Any]) -> None:
     print_metrics(
-        summary["test"],
+        telling_of(summary),
         f"{summary['name']}, seed {summary['seed']}, {summary['data']['test']:,} test "
         + summary["data"].get("kind", "images"),
         summary.get("before"),
     )
+
+
+def telling_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The test metrics, without those that the number of classes decides."""
+    from hardmix.report.text import telling
+
+    return {key: value for key, value in summary["test"].items() if telling(key, summary)}
 
 
 #: what the tables call a metric; rates are shown in per cent
@@ -136,8 +188,9 @@ MOST_COLUMNS = 10
 def print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | None = None) -> None:
     """Up to a handful of metrics side by side; more one below the other, with what they were before where known."""
     shown = [key for key in TITLES if key in test]
+    console.print(escape(title))  # not as the table's title, which would be folded to its width
     if len(shown) <= MOST_COLUMNS:
-        table = Table(title=escape(title), box=None, pad_edge=False, header_style="bold", title_justify="left")
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for key in shown:
             table.add_column(TITLES[key], justify="right")
         table.add_row(*(_number(test[key], key) for key in shown))
@@ -150,7 +203,6 @@ def print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | Non
     for key in shown:
         values = ([_number(before.get(key), key)] if before else []) + [_number(test[key], key)]
         table.add_row(TITLES[key], *values)
-    console.print(escape(title))
     console.print(table)
 
 
@@ -168,16 +220,20 @@ def print_comparison(result: dict[str, Any]) -> None:
     shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
     for metric in shown:
         table.add_column(TITLES[metric], justify="right")
-    table.add_column("cost", justify="right")
+    if result["cost_against"] is not None:
+        table.add_column("cost", justify="right")
     for row, rank in zip(result["table"], ranks, strict=True):
         cells = [_with_interval(row["metrics"][metric], metric) for metric in shown]
         place = [str(rank or "n/a")] if any(ranks) else []
-        table.add_row(escape(row["name"]), *place, *cells, f"{row['relative_cost']:.2f}")
-    # A narrow terminal folds names; a file is as wide as its lines.
-    (console if console.is_terminal else Console(highlight=False, width=ANY_WIDTH)).print(table)
+        cost = "-" if row["relative_cost"] is None else f"{row['relative_cost']:.2f}"
+        table.add_row(escape(row["name"]), *place, *cells, *([] if result["cost_against"] is None else [cost]))
+    _printer().print(table)  # a narrow terminal folds names
     if any(ranks):
         console.print(f"Rank: by the mean of {TITLES[key].removesuffix(' %')}, 1 is best.")
-    console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.")
+    if result["cost_against"] is not None:
+        untrained = any(row["relative_cost"] is None for row in result["table"])
+        none = " -: makes no training step." if untrained else ""
+        console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.{none}")
     seeds = len(result["seeds"])
     if seeds == 1:
         console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
@@ -191,22 +247,35 @@ def print_comparison(result: dict[str, Any]) -> None:
     told = {key: title, "cutmix_both": "Both classes of half-and-half CutMix images"}
     for metric, title in told.items() if result["twins"] else ():
         if metric in result["metrics"]:
-            console.print(f"{title}, same policy with another objective:")
+            console.print(f"{title}, all but the objective alike:")
             tests = [(f"{t['name']} against {t['base']}", t["tests"][metric]) for t in result["twins"]]
             _print_tests(tests, metric)
 
 
 def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
     factor, unit = (100, " points") if TITLES[metric].endswith("%") else (1, "")
+    lines = []
     for name, test in tests:
         if test["p"] is None:  # a measure that is not defined for one of them, such as a correlation of constants
-            table.add_row(f"  {escape(name)}", "n/a", "", "")
+            lines.append((escape(name), "n/a", "", ""))
             continue
         difference = f"{factor * test['difference']:+.2f}{unit}"
         interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
-        table.add_row(f"  {escape(name)}", difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})")
-    console.print(table)
+        lines.append((escape(name), difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})"))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, *values in lines:
+        table.add_row(f"  {name}", *values)
+    wide = Console(highlight=False, width=ANY_WIDTH)
+    if wide.measure(table).maximum <= _printer().width:
+        _printer().print(table)
+        return
+    for name, *values in lines:  # the numbers of a row that folds can't be told apart
+        console.print(f"  {name}\n    {' '.join(values).rstrip()}", soft_wrap=True)
+
+
+def _printer() -> Console:
+    """The terminal; a file or a pipe is as wide as its lines."""
+    return console if console.is_terminal else Console(highlight=False, width=ANY_WIDTH)
 
 
 def _number(value: float | None, metric: str) -> str:

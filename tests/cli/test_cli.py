@@ -18,6 +18,8 @@ from PIL import Image
 
 from hardmix import tables
 from hardmix.cli import main
+from hardmix.data.catalog import load_images
+from hardmix.data.few_labels import draw_label_split, write_split
 from hardmix.train import show
 from hardmix.train.seeds import generator
 
@@ -78,7 +80,7 @@ def test_run_eval_report_and_resume(cli, tmp_path):
 
     code, _, err = cli("run", "demo-mixup-dm", *QUICK, "--out", "mine")
     assert code == 3
-    assert "pass --resume" in err
+    assert "mine already holds a run that is finished; pass another --out, such as mine-2." in err
     assert cli("run", "--resume", "mine")[0] == 0
 
 
@@ -90,6 +92,36 @@ def test_run_trains_numbers_in_one_stage_and_in_two(cli, tmp_path, recipe):
     assert (tmp_path / "numbers/report.html").is_file()
 
 
+def test_help_shows_no_type_of_flags_and_breaks_no_sentence(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    for verb in ("run", "show", "eval"):
+        assert "bool" not in cli(verb, "--help")[1]
+    assert "bool" not in cli("--help")[1]
+    for verb, words in (("demo", "text model\n before and after"), ("eval", "samples\n over lambda, temperature")):
+        lines = [line.rstrip() for line in cli(verb, "--help")[1].splitlines()]
+        assert words in "\n".join(lines)
+
+
+def test_a_smoke_run_has_a_folder_of_its_own(cli, tmp_path):
+    assert cli("run", "digits-cutmix-dm", "--smoke")[0] == 0
+    assert (tmp_path / "runs/digits-cutmix-dm-smoke/seed-0/summary.json").is_file()
+    assert not (tmp_path / "runs/digits-cutmix-dm").exists()
+    code, _, err = cli("run", "digits-cutmix-dm", "--smoke")
+    assert code == 3
+    assert "is finished; pass another --out, such as runs/digits-cutmix-dm-smoke/seed-0-2." in err
+
+
+def test_smoke_takes_a_split_of_a_whole_set(cli, tmp_path):
+    images = load_images("digits").train
+    write_split(draw_label_split(images, name="digits", per_class=3, seed=0), tmp_path / "split.json")
+    few = ["data.name=digits", "semi.split=split.json", "semi.per_class=0", "data.validation=0", "data.augment=[]"]
+    small = ["model.name=small-cnn", "model.options={width = 4}", "train.threads=1", 'semi.strong=["crop", "cutout"]']
+    sets = [word for key in (*few, *small) for word in ("--set", key)]
+    code, _, err = cli("run", "few-fixmatch", *sets, "--smoke", "--out", "run")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/split.json").read_text())["samples"] == len(images)
+
+
 def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_jobs(cli, tmp_path):
     args = ["compare", "demo-none", "demo-mixup", "demo-mixup-dm", *QUICK, "--seeds", "2"]
     code, out, err = cli(*args, "--jobs", "1", "--out", "one")
@@ -99,7 +131,7 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     assert [row["name"] for row in result["table"]] == ["demo-none", "demo-mixup", "demo-mixup-dm"]
     (twin,) = result["twins"]
     assert (twin["name"], twin["base"]) == ("demo-mixup-dm", "demo-mixup")
-    assert "same policy with another objective" in out
+    assert "Top-1, all but the objective alike:" in out
     seconds = {row["name"]: row["seconds_per_step"]["mean"] for row in result["table"]}
     costs = {row["name"]: row["relative_cost"] for row in result["table"]}
     assert costs == pytest.approx({name: value / seconds["demo-mixup"] for name, value in seconds.items()})
@@ -214,6 +246,11 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
         (["run", "demo-mixupp"], 2, 'did you mean "demo-mixup"'),
         (["run"], 2, "pass either a recipe to start or --resume"),
         (["run", "demo-mixup", "--set", "policy.alpha=-1"], 2, "alpha is -1"),
+        (["run", "demo-mixup", "--seed", "3000000000"], 2, "seed: is 3000000000; input should be less than 2147483648"),
+        (["compare", "demo-mixup", "--seeds", "3000000000"], 2, "'--seeds'"),
+        (["demo", "--seeds", "3000000000"], 2, "'--seeds'"),
+        (["show", "cutmix", "--seed", "3000000000"], 2, "'--seed'"),
+        (["run", "demo-mixup", "--set", "data.name=folder"], 2, "no usual place; pass the path of a folder with one"),
         (["run", "demo-mixup", "--set", "data.name=cifar10", "--set", "data.path=nowhere"], 2, "nowhere"),
         (["run", "demo-mixup", "--set", "data.train_samples=3"], 2, "3"),
         (["show", "c-mixup"], 2, "c-mixup pairs by labels that are numbers"),
@@ -226,6 +263,14 @@ def test_copy_writes_a_recipe_that_runs_and_never_overwrites(cli, tmp_path):
         (["show", "cutmix", "--data", "digitz"], 2, "show: --data is 'digitz'"),
         (["show", "cutmix", "--out", "/dev/null/x.png"], 2, "/dev/null/x.png can't be written"),
         (["copy", "demo-mixup", "/dev/null/x.toml"], 2, "/dev/null/x.toml can't be written"),
+        (["show", "cutmix", "--out", "x.jpg"], 2, "but the picture is a PNG; name a file that ends in .png"),
+        (["show", "--all", "--out", "x.jpg"], 2, "but the picture is a PNG; name a file that ends in .png"),
+        (["show", "cutmix", "--set", "policy.alpha=1"], 2, "policy.alpha is alpha here"),
+        (["show", "cutmix", "--set", "name=mixup"], 2, "hardmix show NAME"),
+        (["show", "random-choice", "--set", 'policies=["mixup"]'], 2, "a nested policy is 'mixup'; write {"),
+        (["show", "random-choice", "--set", 'policies=[{alpha=1.0}, "none"]'], 2, "a nested policy is {'alpha': 1.0}"),
+        (["show", "scheduled", "--set", "policy=mixup"], 2, "a nested policy is 'mixup'; write {"),
+        (["show", "sumix", "--set", "policy=mixup"], 2, "a nested policy is 'mixup'; write {"),
         (["show", "cutmixx"], 2, 'did you mean "cutmix"'),
         (["eval", "nowhere"], 2, "nowhere is no run folder"),
         (["run", "--resume", "nowhere"], 2, "nowhere is no run folder"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardmix.metrics import classification_metrics, mixed_accuracy, mixed_metrics, reliability
+from hardmix.metrics.classification import certain
 from hardmix.mixing import MixedTarget
 
 
@@ -203,3 +204,11 @@ GOOD = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]])
 def test_bad_inputs_are_named(call, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 6])
+def test_what_the_number_of_classes_decides_is_one_for_all_predictions(classes: int) -> None:
+    probs, labels = draw_probs(200, classes, 1), draw_labels(200, classes, 2)
+    mixed = mixed_metrics(probs, draw_pairs(200, classes, 3))
+    measured = classification_metrics(probs, labels) | {f"cutmix_{key}": value for key, value in mixed.items()}
+    assert {key for key in measured if certain(key, classes)} == {key for key, v in measured.items() if v == 1.0}

@@ -81,6 +81,14 @@ def test_the_first_method_can_stay_unbeaten_without_winning(tmp_path: Path) -> N
     assert "includes 0" in rest[1]
 
 
+def test_a_lead_of_the_first_method_that_is_clear_nowhere_may_be_chance(tmp_path: Path) -> None:
+    (lead, _) = told(build(tmp_path / "two", {"A": BASE, "B": shifted(-0.001, 0.004)}))
+    assert lead.startswith("Undecided: A, the first method, has the highest mean top-1, 80.30 %, ")
+    assert lead.endswith("but the difference may be chance.")
+    lead, *_ = told(build(tmp_path / "three", {"A": BASE, "B": shifted(-0.001, 0.004), "C": shifted(-0.002, 0.004)}))
+    assert lead.endswith("but each of its leads may be chance.")
+
+
 def test_beating_the_first_is_not_beating_the_runner_up(tmp_path: Path) -> None:
     comparison = build(tmp_path, {"A": BASE, "B": shifted(0.0203, 0.002), "C": shifted(0.02, -0.002)})
     lead, other = told(comparison)
@@ -166,8 +174,9 @@ def test_costs_are_told_in_those_of_plain_mixup() -> None:
     ]
     assert cost_base(table)["name"] == "mixup soft-cross-entropy"
     assert cost_base(table[:2])["name"] == "none soft-cross-entropy"
-    untrained = {**table[0], "name": "untrained", "seconds_per_step": {"mean": 0.0}}
+    untrained = {**table[0], "name": "untrained", "seconds_per_step": {"mean": None}}
     assert cost_base([untrained, table[1]])["name"] == "mixup decoupled-mixup"
+    assert cost_base([untrained]) is None
 
 
 @pytest.mark.parametrize(
@@ -182,6 +191,22 @@ def test_costs_are_told_in_those_of_plain_mixup() -> None:
 )
 def test_ranks(means: list[float | None], lower: bool, ranks: list[int | None]) -> None:
     assert ranked(means, lower) == ranks
+
+
+def test_many_metrics_make_several_tables(tmp_path: Path, quick_plots: None) -> None:
+    stored = json.loads((build(tmp_path, {"A": BASE, "B": shifted(0.02)}).folder / "comparison.json").read_text())
+    stored["metrics"] = [f"measure {i}" for i in range(11)]
+    for run in stored["runs"]:
+        run["test"] = dict.fromkeys(stored["metrics"], 0.5)
+    for row in stored["table"]:
+        row["metrics"], row["versus_first"] = {}, None
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    page = write_comparison_report(tmp_path).read_text("utf-8")
+    tables = re.findall(r'<table class="results".*?</thead>', page, flags=re.DOTALL)
+    told = [re.findall(r"measure \d+", table) for table in tables]
+    assert [len(names) for names in told] == [5, 6]
+    assert [name for names in told for name in names] == stored["metrics"]
+    assert page.count("<h3>Test images</h3>") == 1
 
 
 @pytest.mark.parametrize("lower", [False, True])

@@ -62,6 +62,44 @@ def test_the_direction_of_the_calibration_error(
     assert words_of_it in words(write_run_report(tmp_path / "run"))
 
 
+def test_what_two_classes_decide_is_left_out(tmp_path: Path, quick_plots: None) -> None:
+    test = {"top1": 0.5, "top5": 1.0, "nll": 0.7, "mixup_both": 1.0, "mixup_top2": 1.0, "mixup_either": 1.0}
+    data = {"name": "cats-and-dogs", "test": 40, "classes": ["cat", "dog"]}
+    write_run(tmp_path / "run", epochs=2, changes={"test": test, "data": data})
+    text = words(write_run_report(tmp_path / "run"))
+    assert "reached 50.0 % top-1 on 40 test images of cats-and-dogs." in text
+    assert "0.7000" in text
+    for gone in ("100.0", "top-5", "names exactly the two classes", "Hard mixed samples"):
+        assert gone not in text
+    assert headings(tmp_path / "run" / "report.html")[2] == "Calibration"
+
+    stored = write_comparison(tmp_path / "both", seeds=2, methods=DEMO[:2])
+    for run in stored["runs"]:
+        summary = tmp_path / "both" / run["folder"] / "summary.json"
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"data": data}))
+    text = words(write_comparison_report(tmp_path / "both"))
+    assert "NLL" in text
+    assert not any(gone in text for gone in ("top-5", "both classes", "Hard mixed samples"))
+
+
+def test_a_method_without_training_steps_has_no_cost(tmp_path: Path) -> None:
+    methods = ({"name": "as-it-is", "policy": "none", "objective": "none"}, *DEMO[1:])
+    stored = write_comparison(tmp_path, seeds=2, methods=methods)
+    for run in stored["runs"][:2]:  # as older versions left them: with the time that it takes to start
+        summary = tmp_path / run["folder"] / "summary.json"
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"checkpoint": {"which": "last", "step": 0}}))
+    page = write_comparison_report(tmp_path)
+    text = words(page)
+    cost = text.partition("or of the first method that trains")[2].partition("Learning curves")[0]
+    assert "\u2013: makes no training step." in cost
+    assert "as-it-is No training \u2013 \u2013 \u2013 500 MB" in cost
+    assert re.search(r"fashion-mixup-dm Mixup with Decoupled Mixup 21.2 ms 1.00 ", cost)
+    assert "as-it-is" not in re.findall(r'alt="([^"]*over time per training step[^"]*)"', page.read_text("utf-8"))[0]
+    text = words(write_run_report(tmp_path / stored["runs"][0]["folder"]))
+    assert "time per step" not in text
+    assert "training time" not in text
+
+
 def test_an_unmixed_run_is_not_called_mixed(tmp_path: Path) -> None:
     write_run(tmp_path / "run", epochs=2, policy="none", objective="soft-cross-entropy")
     text = words(write_run_report(tmp_path / "run"))

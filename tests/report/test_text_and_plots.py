@@ -84,6 +84,8 @@ def test_metrics_and_methods_have_names() -> None:
     assert metric("something").label == "something"
     assert method_title("mixup", "decoupled-mixup") == "Mixup with Decoupled Mixup"
     assert method_title("none", "soft-cross-entropy") == "No mixing with cross-entropy"
+    assert method_title("none", "supremix + l1") == "SupReMix and L1"
+    assert method_title("c-mixup", "supremix + l1") == "C-Mixup with SupReMix and L1"
     assert method_title(None, None) == "No mixing"
     assert method_title("mine", 3) == "Mine with 3"
 
@@ -140,6 +142,42 @@ def test_plots_draw_their_parts() -> None:
     plot = plots.reliability(diagram, "alt")
     assert plot is not None
     assert "confidence (%)" in svg(plot)
+
+
+def test_a_curve_of_one_point_is_marked() -> None:
+    def marks(line: Line) -> int:
+        return svg(plots.curves([line], "alt")).count(f'style="fill: {plots.color(line.place)}; stroke')
+
+    assert (marks(Line([1.0], [0.5])), marks(Line([1.0, 2.0], [0.5, 0.6]))) == (1, 0)
+
+
+def test_names_of_points_cover_neither_marks_nor_each_other() -> None:
+    import matplotlib
+    from matplotlib.text import Text
+
+    from hardmix.report.point_labels import Name, _around, label_points
+
+    # Close to one another, with intervals, as methods of about the same cost are.
+    steps, means, ends = (21.4, 26.1, 29.4, 33.4, 30.9), (84.5, 85.5, 85.8, 85.8, 85.6), (1.8, 1.1, 0.5, 0.8, 1.4)
+    with matplotlib.rc_context(plots.RC):
+        figure, axes = plots._axes(380, 250)
+        for x, y, end in zip(steps, means, ends, strict=True):
+            axes.plot([x, x], [y - end, y + end])
+            axes.plot(x, y, "o", markersize=7.5)
+        axes.set_xlim(0.0, 36.0)
+        names = [Name(x, y, f"a-method-of-{i}", "black") for i, (x, y) in enumerate(zip(steps, means, strict=True))]
+        label_points(axes, names)
+        figure.draw_without_rendering()
+        texts = [Text.get_window_extent(text) for text in axes.texts]  # without their lines
+    things = [_around(line) for line in axes.lines]
+    assert len(texts) == len(names)
+    for i, text in enumerate(texts):
+        inner = text.padded(-2.0)
+        assert not any(inner.overlaps(other.padded(-2.0)) for other in texts[i + 1 :])
+        for thing in things:
+            assert inner.x1 < thing.left or inner.x0 > thing.right or inner.y1 < thing.low or inner.y0 > thing.high
+        assert axes.bbox.x0 <= text.x0
+        assert text.x1 <= axes.bbox.x1 + 1.0
 
 
 def test_nothing_global_is_left_behind() -> None:

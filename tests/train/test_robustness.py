@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -293,3 +294,14 @@ def test_a_comparison_reads_only_its_own_folders(comparison, tmp_path):
         write_json(tmp_path / "comparison.json", {"runs": runs})
         with pytest.raises(ValueError, match=text):
             robustness_of_comparison(tmp_path)
+
+
+def test_what_two_classes_decide_is_not_measured(comparison, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "certain", lambda metric, classes: metric.endswith("_both"))
+    shutil.copytree(comparison, tmp_path / "two", ignore=shutil.ignore_patterns(robustness.FILE))
+    result = robustness_of_comparison(tmp_path / "two", samples=20)
+    assert result["measures"]
+    assert not any(key.endswith("_both") for key in result["measures"])
+    assert all(list(row["curves"]) == ["occlusion"] for row in result["table"])
+    one = json.loads((tmp_path / "two/mix/seed-0" / robustness.FILE).read_text())
+    assert not any("both" in name for name, _, _ in rows(one))

@@ -120,6 +120,17 @@ def mixed_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def certain(metric: str, classes: int) -> bool:
+    """Whether so many classes alone decide a metric, so that its value says nothing: a top5 of up to five classes, and
+    what `mixed_metrics` says of two, under names such as "mixup_both".
+
+    >>> certain("top5", 5), certain("cutmix_both", 2), certain("cutmix_both", 3)
+    (True, True, False)
+    """
+    of_mixed = metric.endswith(("_both", "_top2", "_either"))
+    return (metric == "top5" and classes <= 5) or (of_mixed and classes <= 2)
+
+
 def mixed_accuracy(logits: Tensor, target: MixedTarget) -> Tensor:
     """Share-weighted top-1 accuracy of mixed samples: the share of each sample that its prediction names.
 

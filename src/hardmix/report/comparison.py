@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hardmix.metrics import PairedTest, holm, mean_interval, paired_test
 from hardmix.report.folder import RunFolder, read_json, read_run
-from hardmix.report.text import dig, method_title, metric, number, visible
+from hardmix.report.text import dig, method_title, metric, number, step_seconds, telling, visible
 
 #: methods from which on they are ranked
 MIN_RANKED = 3
@@ -153,7 +153,8 @@ def read_comparison(folder: Path) -> Comparison:
         )
     rows = [_row(entry, folder, notes) for entry in _objects(stored.get("runs"))]
     metrics = [str(key) for key in _items(stored.get("metrics"))] or _metrics_of(rows)
-    metrics = list(dict.fromkeys(metrics))
+    read = [row.folder.summary for row in rows if row.folder is not None]
+    metrics = [key for key in dict.fromkeys(metrics) if all(telling(key, summary) for summary in read)]
     told = stored.get("lower_is_better")
     lower = {str(key) for key in _items(told)}
     if told is None:
@@ -269,12 +270,15 @@ def _row(entry: dict[str, Any], folder: Path, notes: list[str]) -> Row:
             found = None
     if found is None:
         notes.append(f"The run folder {visible(place or 'of ' + str(entry.get('name')))} can't be read.")
+    seconds = {str(k): number(v) for k, v in _table(entry.get("seconds")).items()}
+    if found is not None and "seconds" in found.summary:
+        seconds["per_step"] = step_seconds(found.summary)  # what older versions wrote for a run without a step is none
     return Row(
         name=str(entry.get("name")),
         seed=entry.get("seed"),
         place=place,
         test={str(k): number(v) for k, v in _table(entry.get("test")).items()},
-        seconds={str(k): number(v) for k, v in _table(entry.get("seconds")).items()},
+        seconds=seconds,
         memory_mb=number(entry.get("memory_mb")),
         folder=found,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -38,6 +39,10 @@ SHARED_SAMPLES, OWN_SAMPLES = 9, 3
 #: Metrics that are drawn seed by seed: the first ones, or of an image-text comparison these.
 DRAWN = 4
 PAIRS_DRAWN = ("recall_5", "shift_recall_5", "zeroshot", "arithmetic", "ece", "gap")
+#: Metrics that fit side by side.
+MOST_COLUMNS = 6
+#: In place of the cost of a method that makes no training step.
+NO_STEPS = "\u2013"
 
 
 class Column(NamedTuple):
@@ -92,7 +97,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "notes": comparison.notes,
         "metrics": columns,
         "groups": groups,
-        "twin_groups": groups if pairs else [Group("", 0, len(columns))],
+        "twin_groups": groups if pairs else _narrow([Group("", 0, len(columns))]),
         "things": _things(comparison),
         "methods": methods,
         "ranked": any(rank is not None for rank in ranks),
@@ -101,6 +106,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "levels": _levels(comparison, pairs),
         "hard": _hard(comparison),
         "cost": _cost(comparison),
+        "no_steps": NO_STEPS,
         "curves": _curves(comparison),
         "reliability": _reliability(comparison),
         "spheres": _spheres(comparison),
@@ -148,30 +154,40 @@ def _groups(metrics: list[str], things: str, pairs: bool) -> list[Group]:
             groups[-1] = groups[-1]._replace(stop=i + 1)
         else:
             groups.append(Group(title, i, i + 1))
-    return groups
+    return _narrow(groups)
+
+
+def _narrow(groups: list[Group]) -> list[Group]:
+    """Groups too wide for a page as several of about the same width; all but the first have no title."""
+    parts = []
+    for title, start, stop in groups:
+        count = -(-(stop - start) // MOST_COLUMNS)
+        ends = [start + (stop - start) * i // count for i in range(count + 1)]
+        parts += [Group(title if a == start else "", a, b) for a, b in pairwise(ends)]
+    return parts
 
 
 def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
-    memory = method.memory_mb()
+    memory, step = method.memory_mb(), method.seconds("per_step")
     return {
         "name": method.name,
         "title": "" if method.title == method.name else method.title,
         "color": method.place % len(plots.COLORS),
         "cells": [_cell(comparison, method, key) for key in comparison.metrics],
-        "per_step": step_time(method.seconds("per_step")),
+        "per_step": NO_STEPS if step is None else step_time(step),
         "relative": _relative(comparison, method),
-        "training": duration(method.seconds("train")),
+        "training": NO_STEPS if step is None else duration(method.seconds("train")),
         "memory": "n/a" if memory is None else f"{count(memory)}\u00a0MB",
     }
 
 
 def _relative(comparison: Comparison, method: Method) -> str:
-    """Time of a step in that of plain Mixup, or of the first method where Mixup is not compared."""
+    """Time of a step in that of plain Mixup, or of the first method that trains where Mixup is not compared."""
     plain_mixup = [m for m in comparison.methods if m.title == method_title("mixup", "soft-cross-entropy")]
     stepped = [m for m in plain_mixup or comparison.methods if m.seconds("per_step")]
     base = stepped[0].seconds("per_step") if stepped else None
     own = method.seconds("per_step")
-    return f"{own / base:.2f}" if own and base else "n/a"
+    return f"{own / base:.2f}" if own and base else NO_STEPS
 
 
 def _cell(comparison: Comparison, method: Method, key: str) -> Cell:

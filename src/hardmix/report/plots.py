@@ -10,16 +10,17 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
 from hardmix.report.folder import Curve
+from hardmix.report.point_labels import Name, label_points
 from hardmix.report.text import number, visible
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE = "#1d1f22", "#5f6670", "#dcd9d1"
@@ -118,7 +119,9 @@ def curves(
         y = [v * scale for v in line.y]
         stroke, alpha = (0.9, 0.55) if line.quiet else (1.6, 1.0)
         style = STYLES[line.place // len(COLORS) % len(STYLES)]
-        marker = {"marker": MARKERS[line.place % len(MARKERS)], "markersize": 3.2} if line.points else {}
+        # A line through one point shows nothing.
+        marked = line.points or len(y) == 1
+        marker = {"marker": MARKERS[line.place % len(MARKERS)], "markersize": 3.2} if marked else {}
         axes.plot(line.x, y, color=color(line.place), linewidth=stroke, alpha=alpha, linestyle=style, **marker)  # type: ignore[arg-type]
         if line.low is not None and line.high is not None:
             low, high = ([v * scale for v in side] for side in (line.low, line.high))
@@ -216,7 +219,7 @@ def cost(rows: Sequence[Level], seconds: Sequence[float], alt: str, *, y_label: 
     """A metric over the time of a training step: up and to the left is better, or down where lower is better."""
     scale = 100.0 if percent else 1.0
     figure, axes = _axes(380, 250)
-    drawn = []
+    names = []
     for row, step in zip(rows, seconds, strict=True):
         if row.mean is None:
             continue
@@ -226,39 +229,14 @@ def cost(rows: Sequence[Level], seconds: Sequence[float], alt: str, *, y_label: 
         axes.plot(
             x, y, MARKERS[row.place % len(MARKERS)], color=color(row.place), markersize=7.5, markeredgecolor="white"
         )
-        drawn.append((x, y, row))
+        names.append(Name(x, y, _fit(row.name, 26), color(row.place)))
     axes.margins(0.12)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("milliseconds per training step")
     axes.set_ylabel(y_label, parse_math=False)
-    _label_points(axes, drawn)
+    with _drawing():
+        label_points(axes, names)
     return _finish(figure, alt)
-
-
-def _label_points(axes: Axes, drawn: list[tuple[float, float, Level]]) -> None:
-    """Names beside their points, on the side with more room, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
-    step = (high - low) * 0.075
-    taken: list[tuple[float, float]] = []
-    for x, y, row in sorted(drawn, key=lambda point: point[1]):
-        on_right = x < (left + right) / 2
-        at = y
-        for x_taken, y_taken in taken:
-            if abs(at - y_taken) < step and abs(x - x_taken) < (right - left) * 0.5:
-                at = y_taken + step
-        taken.append((x, at))
-        axes.annotate(
-            _fit(row.name, 26),
-            (x, at),
-            xytext=(7 if on_right else -7, 0),
-            textcoords="offset points",
-            ha="left" if on_right else "right",
-            va="center",
-            fontsize=7.6,
-            color=color(row.place),
-            parse_math=False,
-        )
 
 
 def thin(curve: Curve, key: str, most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
@@ -349,14 +327,20 @@ def _axes(width: int, height: int, ratios: tuple[int, ...] = ()) -> tuple[Figure
         return figure, figure.subplots()
 
 
-def _finish(figure: Figure, alt: str) -> Plot:
+@contextmanager
+def _drawing() -> Iterator[None]:
     import matplotlib
 
-    stream = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context(RC), warnings.catch_warnings():
         # Letters that DejaVu lacks are measured as boxes; the reader's own fonts draw them.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        yield
+
+
+def _finish(figure: Figure, alt: str) -> Plot:
+    stream = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with _drawing():
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui, 'Segoe UI', Roboto, Arial, 'DejaVu Sans'")

@@ -23,6 +23,8 @@ from hardmix.report.text import (
     number,
     plain,
     show,
+    step_seconds,
+    telling,
     things_of,
     title_of,
     visible,
@@ -56,6 +58,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     summary = run.summary
     test = dig(summary, "test")
     test = {str(key): number(value) for key, value in test.items()} if isinstance(test, dict) else {}
+    test = {key: value for key, value in test.items() if telling(key, summary)}
     notes = list(run.notes)
     names = class_names(summary)
     diagram = dig(summary, "reliability")
@@ -220,13 +223,16 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", _text(dig(summary, "model", "name"))),
         ("parameters", _known(number(dig(summary, "model", "parameters")), count)),
         ("seed", _text(summary.get("seed"))),
-        ("training time", _known(number(dig(summary, "seconds", "train")), duration)),
+        (
+            "training time",
+            _known(number(dig(summary, "seconds", "train")), duration) if step_seconds(summary) else None,
+        ),
     ]
     return [(label, value) for label, value in pairs if value is not None]
 
 
 def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds = {key: number(dig(summary, "seconds", key)) for key in ("test", "total", "per_step")}
+    seconds = {key: number(dig(summary, "seconds", key)) for key in ("test", "total")}
     memory = number(summary.get("memory_mb"))
     things = things_of(summary)
     pairs = [
@@ -245,7 +251,7 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", _text(summary.get("device"))),
         ("test time", _known(seconds["test"], duration)),
         ("time in all", _known(seconds["total"], duration)),
-        ("time per step", None if seconds["per_step"] is None else step_time(seconds["per_step"])),
+        ("time per step", _known(step_seconds(summary), step_time)),
         ("memory", None if memory is None else f"{count(memory)}\u00a0MB"),
         *versions(summary.get("versions")),
     ]

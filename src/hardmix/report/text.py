@@ -7,6 +7,8 @@ import re
 import unicodedata
 from typing import Any, NamedTuple
 
+from hardmix.metrics.classification import certain
+
 #: Longest name that is shown in full; what is cut off is counted.
 MAX_NAME = 160
 MAX_TEXT = 20_000
@@ -326,6 +328,18 @@ def things_of(summary: Any) -> str:
     return kind if isinstance(kind, str) and kind in KINDS else "images"
 
 
+def telling(key: str, summary: Any) -> bool:
+    """Whether a metric says something of this run: the number of its classes does not decide it."""
+    names = dig(summary, "data", "classes")
+    return not (isinstance(names, list) and certain(key, len(names)))
+
+
+def step_seconds(summary: Any) -> float | None:
+    """Seconds a training step; None where they are not known, or no step was made and they would be others'."""
+    untrained = number(dig(summary, "checkpoint", "step")) == 0.0
+    return None if untrained else number(dig(summary, "seconds", "per_step")) or None
+
+
 def method_title(policy: Any, objective: Any) -> str:
     """'Mixup with Decoupled Mixup'."""
     if policy in (None, "none") and isinstance(objective, str) and objective in (*PAIR_TITLES, "none"):
@@ -338,7 +352,10 @@ def method_title(policy: Any, objective: Any) -> str:
     losses = (
         " and ".join(title_of(part) for part in objective.split(" + ")) if isinstance(objective, str) else objective
     )
-    title = f"{title_of(policy)} with {losses}" if objective else title_of(policy)
+    if policy in (None, "none") and isinstance(objective, str) and " + " in objective:
+        title = str(losses)  # "no mixing" would contradict a contrast that mixes
+    else:
+        title = f"{title_of(policy)} with {losses}" if objective else title_of(policy)
     return title[:1].upper() + title[1:]
 
 

@@ -20,6 +20,7 @@ from hardmix.report.text import (
     show,
     show_difference,
     show_range,
+    telling,
     things_of,
     title_of,
     visible,
@@ -39,7 +40,8 @@ def run_verdict(run: RunFolder) -> list[Markup]:
     summary = run.summary
     title = method_title(summary["policy"], summary.get("objective")) if "policy" in summary else "This run"
     test = dig(summary, "test")
-    keys = [k for k, v in test.items() if number(v) is not None] if isinstance(test, dict) else []
+    found = test.items() if isinstance(test, dict) else ()
+    keys = [k for k, v in found if number(v) is not None and telling(k, summary)]
     if not keys:
         return [_unfinished(run, title)]
     if is_pairs(summary) and "recall_5" in keys:
@@ -179,11 +181,16 @@ def _leader(comparison: Comparison, leader: Method, key: str) -> Markup:
             "<b>{}</b> has the {} {}, {}. One seed can't tell a difference from chance: nothing is decided."
         ).format(name_of(leader.name), extreme, label, value)
     if leader.place == 0:
-        better = [m for m in comparison.methods[1:] if _state(comparison, m, key) != "worse"]
-        if not better:
+        clear = [_state(comparison, m, key) == "worse" for m in comparison.methods[1:]]
+        if all(clear):
             return Markup("<b>{}</b>, the first method, won: {} {}, clearly better than every other.").format(
                 name_of(first.name), value, label
             )
+        if not any(clear):
+            chance = "the difference" if len(clear) == 1 else "each of its leads"
+            return Markup(
+                "Undecided: <b>{}</b>, the first method, has the {} mean {}, {}, but {} may be chance."
+            ).format(name_of(first.name), extreme, label, value, chance)
         return Markup(
             "No method beat <b>{}</b>, the first: it has the {} mean {}, {}, though its lead is not clear everywhere."
         ).format(name_of(first.name), extreme, label, value)

@@ -116,6 +116,8 @@ def summarise(
     recipes: list[Recipe], seeds: list[int], jobs: list[Job], out: Path, *, command: str, title: str
 ) -> dict[str, Any]:
     """comparison.json: runs, and per recipe mean, 95 % interval and the paired test against the first recipe."""
+    from hardmix.report.text import step_seconds, telling
+
     summaries = {(job.recipe.name, job.recipe.seed): read_summary(job.folder) for job in jobs}
 
     def values(recipe: Recipe, metric: str) -> list[float]:
@@ -123,7 +125,9 @@ def summarise(
         return [math.nan if value is None else value for value in found]  # JSON has no NaN
 
     first = recipes[0]
-    metrics = [m for m in TASKS[first.task].metrics if all(m in summary["test"] for summary in summaries.values())]
+    metrics = [
+        m for m in TASKS[first.task].metrics if all(m in s["test"] and telling(m, s) for s in summaries.values())
+    ]
     table = []
     for recipe in recipes:
         summary = summaries[recipe.name, seeds[0]]
@@ -131,16 +135,16 @@ def summarise(
         row["metrics"] = {
             m: mean_interval(values(recipe, m))._asdict() | {"values": values(recipe, m)} for m in metrics
         }
-        row["seconds_per_step"] = mean_interval(
-            [summaries[recipe.name, seed]["seconds"]["per_step"] for seed in seeds]
-        )._asdict()
+        steps = [step for seed in seeds if (step := step_seconds(summaries[recipe.name, seed])) is not None]
+        row["seconds_per_step"] = mean_interval(steps)._asdict() if steps else dict.fromkeys(("mean", "low", "high"))
         row["versus_first"] = None
         if recipe is not first and len(seeds) > 1:
             row["versus_first"] = {m: paired_test(values(recipe, m), values(first, m))._asdict() for m in metrics}
         table.append(row)
     cheap = cost_base(table)
     for row in table:
-        row["relative_cost"] = row["seconds_per_step"]["mean"] / max(cheap["seconds_per_step"]["mean"], 1e-9)
+        own = row["seconds_per_step"]["mean"]
+        row["relative_cost"] = None if own is None or cheap is None else own / cheap["seconds_per_step"]["mean"]
     _correct([row["versus_first"] for row in table if row["versus_first"]])
     twins: list[dict[str, Any]] = [
         {
@@ -169,18 +173,19 @@ def summarise(
         "seeds": seeds,
         "runs": runs,
         "table": table,
-        "cost_against": cheap["name"],
+        "cost_against": None if cheap is None else cheap["name"],
         "twins": twins,
         "versions": summaries[first.name, seeds[0]]["versions"],
         "device": summaries[first.name, seeds[0]]["device"],
     }
 
 
-def cost_base(table: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row whose seconds a step are 1: plain Mixup where it is compared, else the first that has steps."""
+def cost_base(table: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row whose seconds a step are 1: plain Mixup where it is compared, else the first that trains, if any."""
     plain = ("mixup", "soft-cross-entropy")
-    stepped = [row for row in table if row["seconds_per_step"]["mean"] > 0.0] or table
-    return next((row for row in stepped if (row["policy"], row["objective"]) == plain), stepped[0])
+    stepped = [row for row in table if row["seconds_per_step"]["mean"] is not None]
+    first = stepped[0] if stepped else None
+    return next((row for row in stepped if (row["policy"], row["objective"]) == plain), first)
 
 
 def objective_twins(recipes: list[Recipe]) -> list[tuple[Recipe, Recipe]]:

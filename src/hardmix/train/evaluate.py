@@ -65,8 +65,9 @@ def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict
     """Test metrics of a run folder's checkpoint. Arguments as for `load_run`.
 
     Returns:
-        {"name", "step", "test": {...}, "reliability": {...}}
+        {"name", "step", "data": what summary.json says of it, "test": {...}, "reliability": {...}}
     """
     run = load_run(folder, which, data_path)
+    about = {"name": run.task.recipe.name, "step": run.step, "data": run.task.describe()["data"]}
     with run.precision():
-        return {"name": run.task.recipe.name, "step": run.step, **run.task.test(run.model, run.device)}
+        return {**about, **run.task.test(run.model, run.device)}

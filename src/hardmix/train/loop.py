@@ -246,7 +246,7 @@ class _Run:
             "seconds": {
                 "train": round(self.seconds, 3),
                 "test": round(time.perf_counter() - started, 3),
-                "per_step": round(self.stepping / self.timed if self.timed else self.seconds / max(1, self.steps), 6),
+                "per_step": self._step_seconds(),
             },
             "memory_mb": peak_memory_mb(self.device),
             "versions": {"hardmix": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -258,6 +258,12 @@ class _Run:
                 _write_report(self.folder)
         self.accelerator.wait_for_everyone()
         return summary
+
+    def _step_seconds(self) -> float | None:
+        """None for a run that makes no step: the time that it takes to start is not the cost of one."""
+        if self.steps == 0:
+            return None
+        return round(self.stepping / self.timed if self.timed else self.seconds / self.steps, 6)
 
     def _batches(self) -> Iterator[tuple[int, Tensor, Any]]:
         """(step, sample numbers, raw batch) from the current step to the end; workers only read and decode."""

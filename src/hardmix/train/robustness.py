@@ -43,7 +43,7 @@ from hardmix import __version__, _check
 from hardmix.data.images import ImageSet
 from hardmix.data.splits import stratified_subset
 from hardmix.metrics.calibration import calibration_metrics, fit_temperature
-from hardmix.metrics.classification import mixed_accuracy
+from hardmix.metrics.classification import certain, mixed_accuracy
 from hardmix.metrics.robustness import (
     KINDS,
     accuracy,
@@ -156,6 +156,7 @@ def robustness_of_run(
         "mixed": {
             kind: mixed_accuracy_curve(model, images, labels, kind, generator=generator(0, "mixed"), **on)
             for kind in KINDS
+            if not certain(f"{kind}_both", len(data.train.class_names))
         },
         "calibration": calibration,
         "training": training,
@@ -212,7 +213,7 @@ def robustness_of_comparison(
 
 
 def headline(result: dict[str, Any]) -> dict[str, float | None]:
-    """One number for each of `MEASURES` from a run's result; None where there is none."""
+    """A number for each of `MEASURES` that a run's result has; None where it could not be measured."""
     calibration, training = result["calibration"], result["training"]
     damaged = [value for values in result["corruptions"]["accuracy"].values() for value in values]
     occlusion = result["occlusion"]
@@ -223,7 +224,7 @@ def headline(result: dict[str, Any]) -> dict[str, float | None]:
         "occluded": _mean(hidden),
         "fgsm": _mean(result["fgsm"]["accuracy"]),
         "corrupted": _mean(damaged),
-        **{f"{kind}_both": _mean(result["mixed"][kind]["both"]) for kind in KINDS},
+        **{f"{kind}_both": _mean(curve["both"]) for kind, curve in result["mixed"].items()},
         **{key: calibration["before"][key] for key in ("nll", "ece", "adaptive_ece")},
         **{f"{key}_scaled": after.get(key) for key in ("nll", "ece", "adaptive_ece")},
         **{f"train_{key}": training[key] for key in ("clean", "mixed", "ceiling")},
@@ -418,7 +419,7 @@ def _table(ordered: dict[str, list[dict[str, Any]]], measures: Sequence[str]) ->
             "occlusion": _curve([(run["occlusion"]["rates"], run["occlusion"]["accuracy"]) for run in runs]),
             **{
                 kind: _curve([(run["mixed"][kind]["lam"], run["mixed"][kind]["both"]) for run in runs])
-                for kind in KINDS
+                for kind in runs[0]["mixed"]
             },
         }
         table.append(row)

@@ -1,0 +1,99 @@
+"""What the command line shows, by the width of the terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hardmix import terminal
+
+NAMES = ("fashion-mixup", "fashion-mixup-dm", "fashion-none")
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A terminal of a width in place of stdout, or a pipe; returns what is written to it."""
+
+    def make(width: int, is_terminal: bool = True) -> io.StringIO:
+        written = io.StringIO()
+        options: dict[str, Any] = {"force_terminal": is_terminal, "width": width, "color_system": None}
+        monkeypatch.setattr(terminal, "console", Console(file=written, highlight=False, **options))
+        return written
+
+    return make
+
+
+def comparison(seeds: int = 3, costs: tuple[float | None, ...] = (None, 1.0, 1.25)) -> dict[str, Any]:
+    cell = {"mean": 0.8, "low": 0.79, "high": 0.81}
+    test = {"difference": 0.0133, "low": -0.0012, "high": 0.0278, "p": 0.07, "p_holm": 0.14}
+    versus = dict.fromkeys(("top1", "cutmix_both"), test)
+    table = [
+        {"name": name, "metrics": {"top1": cell, "cutmix_both": cell}, "relative_cost": cost, "versus_first": versus}
+        for name, cost in zip(NAMES, costs, strict=True)
+    ]
+    return {
+        "metrics": ["top1", "cutmix_both"],
+        "lower_is_better": [],
+        "table": table,
+        "seeds": list(range(seeds)),
+        "cost_against": next((name for name, cost in zip(NAMES, costs, strict=True) if cost), None),
+        "twins": [{"name": NAMES[1], "base": NAMES[0], "tests": versus}],
+    }
+
+
+NUMBERS = ("+1.33 points", "[-0.12, +2.78]", "p = 0.070 (0.140)")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_numbers_of_a_test_stand_in_one_line(screen, width) -> None:
+    written = screen(width)
+    terminal.print_comparison(comparison())
+    lines = [line for line in written.getvalue().splitlines() if "points" in line]
+    assert len(lines) == 2 + 2 * 1  # two against the first, and the twin by two measures
+    assert all(number in line for line in lines for number in NUMBERS)
+    assert all(len(line) <= width for line in lines)
+    assert "  fashion-mixup-dm against fashion-mixup" in written.getvalue()
+
+
+def test_a_pipe_is_as_wide_as_its_lines(screen, capsys) -> None:
+    screen(40, is_terminal=False)
+    terminal.print_comparison(comparison())
+    (line, _) = (line for line in capsys.readouterr().out.splitlines() if "against fashion-mixup " in line)
+    assert all(number in line for number in NUMBERS)
+
+
+def test_a_recipe_without_training_steps_has_no_cost(screen) -> None:
+    written = screen(120)
+    terminal.print_comparison(comparison(seeds=1))
+    rows = {line.split()[0]: line.split()[-1] for line in written.getvalue().splitlines() if line.startswith("fashion")}
+    assert rows == {NAMES[0]: "-", NAMES[1]: "1.00", NAMES[2]: "1.25"}
+    assert "Cost: seconds a training step, fashion-mixup-dm = 1. -: makes no training step." in written.getvalue()
+    written = screen(120)
+    terminal.print_comparison(comparison(seeds=1, costs=(None, None, None)))
+    assert "ost" not in written.getvalue()
+
+
+@pytest.mark.parametrize(("width", "has_bar"), [(50, False), (80, False), (140, True)])
+def test_progress_keeps_steps_and_the_time_left(screen, width, has_bar) -> None:
+    written = screen(width)
+    event = {"epoch": 1, "epochs": 15, "steps": 12345, "images_per_s": 4000.0, "loss": 0.123, "accuracy": 0.85}
+    with terminal.one_bar("fashion-cutmix-dm") as tell:
+        tell({**event, "step": 4321})
+    last = written.getvalue().splitlines()[-2]  # the cursor comes back after it
+    assert "4321/12345" in last
+    assert "left -:--:--" in last
+    assert ("\u2501" in last) == has_bar
+    assert "epoch" in last
+
+
+def test_a_summary_leaves_out_what_the_number_of_classes_decides(screen) -> None:
+    written = screen(120)
+    data = {"test": 40, "classes": ["cat", "dog"]}
+    test = {"top1": 0.5, "top5": 1.0, "mixup_both": 1.0}
+    terminal.print_summary({"name": "two", "seed": 0, "data": data, "test": test})
+    assert written.getvalue().splitlines()[0] == "two, seed 0, 40 test images"
+    assert "50.00" in written.getvalue()
+    assert "100" not in written.getvalue()
