@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-integrations lint smoke clean
 
-demo: $(VENV)/.ready ## the main job on real data that comes with the install; writes runs/demo/report.html and runs/demo-numbers/report.html
+demo: $(VENV)/.ready ## the main job on real data that comes with the install; writes report.html into runs/demo, runs/demo-numbers and runs/demo-pairs
 	$(BIN)/hardmix demo
 
 test: $(VENV)/.ready ## all tests

@@ -18,6 +18,8 @@ from rich.table import Table
 from hardmix import __version__
 from hardmix.launcher import speaker, step_back, tell_launcher
 from hardmix.terminal import (
+    Verb,
+    Verbs,
     console,
     many_bars,
     one_bar,
@@ -26,9 +28,11 @@ from hardmix.terminal import (
     print_metrics,
     print_summary,
     say_where,
+    telling_of,
 )
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -59,7 +63,7 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. --set train.epochs=5. May be repeated."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to write into.")]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds (0, 1, ...) for each recipe.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, max=10_000, help="Number of seeds (0, 1, ...) for each recipe.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=0, help="Runs side by side; 0: one per core on a CPU, one on a GPU.")]
 
 
@@ -76,7 +80,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=Verb)
 def demo(
     out: Out = None,
     seeds: Seeds = 3,
@@ -102,7 +106,7 @@ def demo(
         say_where("What texts find, before and after", beside / names[-1] / "seed-0" / "report.html")
 
 
-@app.command()
+@app.command(cls=Verb)
 def run(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")] = None,
     sets: Sets = None,
@@ -115,7 +119,8 @@ def run(
 ) -> None:
     """Train one recipe: `hardmix run fashion-cutmix-dm --set train.epochs=5`.
 
-    The run folder (default runs/NAME/seed-S) holds recipe.toml, metrics.jsonl, summary.json, checkpoints, report.html.
+    The run folder (default runs/NAME/seed-S, with --smoke runs/NAME-smoke/seed-S) holds recipe.toml, metrics.jsonl,
+    summary.json, checkpoints, report.html.
     """
     from hardmix.distributed import rank_and_size
     from hardmix.train.errors import RecipeError
@@ -134,7 +139,7 @@ def run(
         shortened = _shortened(load_recipe(str(recipe), sets)) if smoke else ()
         loaded = load_recipe(str(recipe), [*(sets or []), *shortened])
         loaded = loaded if seed is None else loaded.with_seed(seed)
-        folder = out or Path("runs") / loaded.name / f"seed-{loaded.seed}"
+        folder = out or Path("runs") / (loaded.name + "-smoke" * smoke) / f"seed-{loaded.seed}"
     with one_bar(loaded.name) as tell:
         summary = run_recipe(loaded, folder, resume=resume is not None, progress=tell)
     if rank_and_size()[0] == 0:  # of several processes, one tells
@@ -142,7 +147,7 @@ def run(
         say_where("Report", folder / "report.html")
 
 
-@app.command()
+@app.command(cls=Verb)
 def compare(
     recipes: Annotated[list[str], typer.Argument(help="Recipes; the others are tested against the first.")],
     seeds: Seeds = 5,
@@ -158,7 +163,7 @@ def compare(
     _compare(recipes, seeds, out or Path("runs") / ("compare-" + "-".join(map(_stem, recipes)))[:100], jobs, sets)
 
 
-@app.command("eval")
+@app.command("eval", cls=Verb)
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a comparison with --robustness.")],
     checkpoint: Annotated[
@@ -200,10 +205,10 @@ def evaluate(
             print_lines(heads, lines)
         return
     result = evaluate_run(run_folder, checkpoint, data_path)
-    print_metrics(result["test"], f"{result['name']}, checkpoint of step {result['step']}")
+    print_metrics(telling_of(result), f"{result['name']}, checkpoint of step {result['step']}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def show(
     policy: Annotated[
         str | None, typer.Argument(help="A policy's name, e.g. cutmix; `hardmix list` shows them.")
@@ -217,7 +222,7 @@ def show(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="PNG file; default show-POLICY.png.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, max=32, help="Samples to draw.")] = 6,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Draws samples and mixing.")] = 0,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the policy, e.g. alpha=0.2.")
     ] = None,
@@ -243,7 +248,7 @@ def show(
     say_where("Picture", path)
 
 
-@app.command()
+@app.command(cls=Verb)
 def data() -> None:
     """List the data sets: what each holds, where it was found or looked for, and the command that gets the rest."""
     from hardmix.data.catalog import survey
@@ -290,7 +295,7 @@ def data() -> None:
             console.print(f"  looked in {escape(', '.join(looked))}", soft_wrap=True)
 
 
-@app.command("list")
+@app.command("list", cls=Verb)
 def list_names() -> None:
     """Recipes that come with the package, and the names that a recipe may use."""
     from hardmix import tables
@@ -330,7 +335,7 @@ def list_names() -> None:
         console.print(f"\n[bold]{kind}[/bold]  {', '.join(names)}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def copy(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
     to: Annotated[Path | None, typer.Argument(help="TOML file to write; default NAME.toml here.")] = None,
@@ -349,7 +354,7 @@ def copy(
     say_where("Recipe", path)
 
 
-@app.command()
+@app.command(cls=Verb)
 def report(folder: Annotated[Path, typer.Argument(help="A run or comparison folder.")]) -> None:
     """Write report.html of a run or a comparison again."""
     from hardmix.report.page import write_comparison_report, write_run_report
@@ -463,11 +468,13 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
 
 def _shortened(recipe: Any) -> tuple[str, ...]:
     """What --smoke sets in a recipe."""
+    # A split file is of a whole set; the steps of an epoch are few all the same.
+    smoke = tuple(key for key in SMOKE if not (recipe.semi.split and key.startswith("data.train_samples=")))
     staged = SMOKE_STAGES if recipe.contrast is not None and recipe.contrast.epochs else ()
     probed = SMOKE_PROBE if recipe.tune.probe_epochs else ()
     measured = SMOKE_CAPTIONS if recipe.model.name == "coca" else SMOKE_PAIRS
     of_task = {"image-text": measured, "few-labels": SMOKE_FEW}.get(recipe.task, ())
-    return (*SMOKE, *staged, *probed, *of_task)
+    return (*smoke, *staged, *probed, *of_task)
 
 
 def _is_run(folder: Path) -> None:

@@ -133,8 +133,10 @@ def test_an_unknown_name_offers_the_nearest(name: str, near: str) -> None:
 
 
 def test_a_folder_needs_a_path() -> None:
-    with pytest.raises(FileNotFoundError, match=r"load_images: folder has no usual place; .* pass the folder"):
+    with pytest.raises(FileNotFoundError, match=r"^load_images: folder has no usual place; pass the path of a folder"):
         load_images("folder")
+    with pytest.raises(FileNotFoundError, match=r"'gone', which is not there; pass the path of a folder with one sub-"):
+        load_images("folder", "gone")
 
 
 def test_arguments_that_a_set_has_no_use_for_are_refused(tmp_path: Path) -> None:

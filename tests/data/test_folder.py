@@ -212,8 +212,9 @@ def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
     single_root(tmp_path)
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"30 of 30 files can't be read .*; and 10 more"):
+    with pytest.raises(ValueError, match=r"30 of 30 files can't be read .*; and 10 more") as caught:
         load_folder(tmp_path)
+    assert 'pass on_error="skip" (on the command line --set data.on_error=skip).' in str(caught.value)
     with pytest.raises(ValueError, match="has 0 readable classes"):
         load_folder(tmp_path, on_error="skip")
 

@@ -74,6 +74,51 @@ def test_no_command_of_the_readme_names_a_recipe_that_is_not_shipped(page):
             assert word in shipped() or word.endswith(".toml"), line
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The hardmix commands of a page, in console blocks and between backticks, as words."""
+    lines = re.findall(r"^\$ hardmix (.*)$|`hardmix ([^`]+)`", page.read_text("utf-8"), re.MULTILINE)
+    return [shlex.split(block or inline, comments=True) for block, inline in lines]
+
+
+def values(words: list[str], flag: str) -> list[str]:
+    return [value for word, value in itertools.pairwise(words) if word == flag]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "--set" in page.read_text("utf-8")], ids=name)
+def test_what_commands_set_goes_together(page):
+    from hardmix.cli import _shortened
+    from hardmix.train.components import Component, check_policy
+    from hardmix.train.recipe import load_recipe, parse_options, shipped
+    from hardmix.train.show import USUAL
+
+    for verb, *words in commands(page):
+        sets = values(words, "--set")
+        for recipe in (word for word in words if word in shipped() and verb in ("run", "compare")):
+            shortened = _shortened(load_recipe(recipe, sets)) if "--smoke" in words else ()
+            load_recipe(recipe, [*sets, *shortened])
+        if verb == "show" and sets:
+            check_policy(Component(**{"name": words[0], **USUAL.get(words[0], {}), **parse_options(sets)}))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=name)
+def test_run_folders_of_commands_are_made_by_those_above(page):
+    from hardmix.train.recipe import shipped
+
+    made: set[str] = set()
+    for verb, *words in commands(page):
+        named = [word for word in words if word.startswith("runs/")]
+        (out,) = values(words, "--out") or [""]
+        if verb in ("eval", "report") or "--resume" in words or "--run" in words:
+            assert set(named) <= made, (verb, *words)
+        elif verb == "demo":
+            made |= {"runs/demo", *(f"runs/demo/{recipe}/seed-0" for recipe in shipped() if recipe.startswith("demo-"))}
+        elif verb == "run" and words:
+            made.add(out or f"runs/{words[0]}{'-smoke' * ('--smoke' in words)}/seed-0")
+        elif verb == "compare" and (recipes := [word for word in words if word in shipped()]):
+            out = out or f"runs/compare-{'-'.join(recipes)}"[:105]
+            made |= {out, *(f"{out}/{recipe}/seed-0" for recipe in recipes)}
+
+
 def own_files() -> list[str]:
     """The commands that learn from files of the reader's, as they would be typed."""
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("regression", "image-text", "few-labels"))]

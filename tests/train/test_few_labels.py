@@ -223,7 +223,7 @@ def test_it_starts_from_a_classifier_without_its_head(tmp_path):
         ({"policy": {"name": "saliencymix"}}, "can't mix a labelled with an unlabelled sample"),
         ({"objective": {"name": "decoupled-mixup"}}, "nothing is mixed; add a policy"),
         ({"policy": {"name": "mixup"}, "objective": {"name": "soft-bce"}}, "is not one of pairs"),
-        ({"tune": {"temperature": 0.1}}, "tune.start aside"),
+        ({"tune": {"temperature": 0.1}}, "leave out all but tune.start"),
         ({"data": {"name": "folder"}}, "of a folder the files say"),
         ({"train": {"accumulate": 2}}, "would tear labelled samples from their unlabelled ones"),
         ({"policy": {"name": "random-choice", "policies": [{"name": "mixup"}]}}, "can't mix a labelled"),

@@ -159,6 +159,7 @@ def test_a_start_is_trained_once_kept_and_measured_again(drawings, scratch, tmp_
     assert (folder / "summary.json").stat().st_mtime_ns == written
     before, start = read(tmp_path / "tuned")["before"], read(folder)["test"]
     assert before == start == read(tmp_path / "none")["test"]
+    assert read(tmp_path / "none")["seconds"]["per_step"] is None, "the time to start is not that of a step"
     assert read(tmp_path / "tuned")["test"] != before
     assert not differ(weights(folder), weights(tmp_path / "none"))
     # The folder of a run is a start, too.
@@ -415,7 +416,7 @@ REFUSED = {
     "a set of another task": ({"data": {"name": "diabetes"}}, 'task is "image-text" but data.name is "diabetes"'),
     "a model of another": ({"model": {"name": "small-cnn"}}, "which takes images, but"),
     "an objective of another": ({"objective": {"name": "decoupled-mixup"}}, 'is not one of task "image-text"'),
-    "an unknown one": ({"objective": {"name": "m2mix"}}, '"m2mix" is not a objective.*did you mean "m2-mix"'),
+    "an unknown one": ({"objective": {"name": "m2mix"}}, '"m2mix" is not an objective.*did you mean "m2-mix"'),
     "a tower": ({"model": {"name": "two-tower", "options": {"image": {"name": "resnet19"}}}}, "did you mean"),
     "an option": ({"model": {"name": "two-tower", "options": {"text": {"bucket": 3}}}}, 'did you mean "buckets"'),
     "mixtures without a policy": ({"objective": {"name": "i-mix"}}, "add a policy such as mixup"),

@@ -228,8 +228,21 @@ def test_a_finished_run_is_not_trained_again(straight):
 
 
 def test_folders_that_hold_something_else_are_refused(straight, tmp_path):
-    with pytest.raises(RunError, match="already holds a run; pass --resume"):
+    with pytest.raises(RunError, match=rf"already holds a run that is finished; pass .*{straight.name}-2\.$"):
         run_recipe(tiny(), straight)
+    with pytest.raises(RunError, match=r"is finished, of another recipe \(seed differ\); pass another --out"):
+        run_recipe(tiny(seed=5), straight)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "recipe.toml").write_text(tiny().to_toml())
+    (tmp_path / "begun-2").mkdir()
+    with pytest.raises(RunError, match=rf"not finished; go on with hardmix run --resume {begun}, .*begun-3\.$"):
+        run_recipe(tiny(), begun)
+    (begun / "recipe.toml").write_text("damaged")
+    with pytest.raises(RunError, match="already holds a run that is not finished; go on with"):
+        run_recipe(tiny(), begun)
+    shutil.rmtree(begun)
+    (tmp_path / "begun-2").rmdir()
     with pytest.raises(RunError, match=r"run of another recipe \(seed differ\)"):
         run_recipe(tiny(seed=5), straight, resume=True)
     (tmp_path / "notes.txt").write_text("mine")

@@ -234,12 +234,55 @@ def test_overrides(override, check):
     assert check(load_recipe("demo-mixup", [override]))
 
 
+@pytest.mark.parametrize("recipe", ["demo-mixup", "diabetes-supremix", "few-fixmatch", "emoji-m2mix"])
+@pytest.mark.parametrize("value", ['["digits"]', "{a = 1}", '[["x"]]'])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("data.name", "data.augment", "model.name", "model.options.image.name", "policy.name", "objective.name"),
+        *("contrast.objective.name", "contrast.data.name", "semi.algorithm.name", "semi.strong", "tune.start"),
+    ],
+)
+def test_a_name_that_is_no_text_is_told_with_its_key(recipe, key, value):
+    if value == '["digits"]' and key in ("data.augment", "semi.strong"):
+        value = "{a = 1}"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [f"{key}={value}"])
+    assert key.split(".")[0] in str(caught.value)
+    assert "unhashable" not in str(caught.value)
+
+
+def test_names_to_choose_from_are_listed_once():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo-mixup", ["objective.name=cross-entropy"])
+    names = str(caught.value).partition("there are ")[2].split(", ")
+    assert len(names) == len(set(names))
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = write(tmp_path, "\ufeffname = 'marked'\n")
+    assert load_recipe(path).name == "marked"
+
+
+def test_another_seed_is_one_that_a_recipe_may_have():
+    recipe = load_recipe("few-fixmatch")
+    assert recipe.with_seed(3).semi.model_fields_set == recipe.semi.model_fields_set
+    with pytest.raises(RecipeError, match="seed: is 2147483648; input should be less than 2147483648"):
+        recipe.with_seed(2**31)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("train.epochs", "is not key=value"),
         ("=3", "is not key=value"),
         ("name.x=3", "name is a value, not a section"),
+        ("epochs=5", 'epochs: unknown key (did you mean "train.epochs" or "contrast.epochs"?)'),
+        ("lr=0.1", 'lr: unknown key (did you mean "train.lr"?)'),
+        ("batch_size=3", 'batch_size: unknown key (did you mean "train.batch_size" or "eval.batch_size"?)'),
+        ("data.lr=0.1", 'data.lr: unknown key (did you mean "train.lr"?)'),
+        ("tune.start=foo", "of which few-labels take tune.start and modalities tune.classes; leave it out"),
+        ("objective.name=cross-entropy", '"cross-entropy" is not an objective'),
         ("train.epoch=3", 'did you mean "epochs"'),
         ("trian.epochs=3", 'did you mean "train"'),
         ("contrast.epohs=3", 'contrast.epohs: unknown key (did you mean "epochs"?)'),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix.data.decode import _opened, read_picture, shown
+from hardmix.data.decode import OR_SKIP, _opened, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, _try_all
 from hardmix.data.folder import SUFFIXES as PICTURE_SUFFIXES
 from hardmix.data.own_splits import SPLIT_COLUMN
@@ -107,7 +107,7 @@ def read_captions(
         name = names[first[missing[0]]]
         raise ValueError(
             f"{where} names {len(missing)} of {len(rows)} files that aren't in {shown(folder)}, the first of them "
-            f'{name!r:.60}; add them, or pass on_error="skip".'
+            f"{name!r:.60}; add them, or {OR_SKIP}."
         )
     paths = [paths[row] for row in rows]
     side, read = _reader(paths, lambda path: path, size, fit)
@@ -176,7 +176,7 @@ def read_shards(
     if lacking:
         every = f"{len(lacking)} of {len(lacking) + len(pictures)} samples ({_listed(lacking, 5)})"
         if on_error == "raise":
-            raise ValueError(f'{who}: {shown(place)} has {every}; add what they lack, or pass on_error="skip".')
+            raise ValueError(f"{who}: {shown(place)} has {every}; add what they lack, or {OR_SKIP}.")
         warnings.warn(f"{who}: left out {every}.", stacklevel=2)
     paths = list(pictures)
     paths = [paths[row] for row in drawn(who, len(paths), samples)]

@@ -196,10 +196,12 @@ def load_images(
         _check.integer(who, "image_size", image_size, 1)
     _check.choice(who, "on_error", on_error, ("raise", "skip"))
     place = find(name, path)
+    if place.path is None and not entry.forms and entry.package is None:
+        raise FileNotFoundError(f"{who}: {name} has no usual place; {place.get} (in a recipe data.path).")
     if place.path is None:
-        looked = f" is not in {', '.join(map(shown, place.looked))}" if place.looked else " has no usual place"
+        looked = ", ".join(map(shown, place.looked))
         raise FileNotFoundError(
-            f"{who}: {name}{looked}; get it ({place.get}), or pass the folder that holds it as path."
+            f"{who}: {name} is not in {looked}; get it ({place.get}), or pass the folder that holds it as path."
         )
     if name == "folder":
         given = 3 if channels is None else channels
@@ -249,9 +251,8 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Whereabouts:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             kind = "a file" if folder.exists() else "not there"
-            raise FileNotFoundError(
-                f"{who}: path is {shown(folder)}, which is {kind}; pass the folder that holds {name}."
-            )
+            wanted = f"pass the folder that holds {name}" if entry.forms else entry.get
+            raise FileNotFoundError(f"{who}: path is {shown(folder)}, which is {kind}; {wanted}.")
         found = _holder(entry, folder)
         if found is None:
             raise FileNotFoundError(f"{who}: {shown(folder)} holds no file of {name}; get it ({entry.get}).")

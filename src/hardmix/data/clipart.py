@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix.data.decode import in_threads, read_picture, reason, shown
+from hardmix.data.decode import OR_SKIP, in_threads, read_picture, reason, shown
 from hardmix.data.pairs import Pairs
 from hardmix.data.picture_folder import drawn, read_all, squared
 from hardmix.data.places import usual_places
@@ -247,7 +247,7 @@ def _usable(who: str, root: Path, on_error: str) -> tuple[list[str], list[tuple[
     if bad:
         listed = f"{len(bad)} of {len(every)} SVG files can't be read ({_listed(bad, 20)})"
         if on_error == "raise":
-            raise ValueError(f'{who}: {listed}; replace or remove them, or pass on_error="skip".')
+            raise ValueError(f"{who}: {listed}; replace or remove them, or {OR_SKIP}.")
         warnings.warn(f"{who}: left out {listed}.", stacklevel=3)
     pictures: set[Path] = set()
     titled: dict[str, list[str]] = {}

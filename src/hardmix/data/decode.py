@@ -22,6 +22,10 @@ R = TypeVar("R")
 WORKERS = min(8, os.cpu_count() or 1)
 
 
+#: what a message says where files may be left out: in Python, and on the command line
+OR_SKIP = 'pass on_error="skip" (on the command line --set data.on_error=skip)'
+
+
 class UnreadableImageError(ValueError):
     """A file that can't be turned into pixels. The message names the file and says why."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix.data.decode import UnreadableImageError, in_threads, read_header, read_picture, shown
+from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.few_labels import FewLabelData, without_labels
 from hardmix.data.folder import (
     LARGEST_DEFAULT,
@@ -298,7 +298,7 @@ def _listed_files(path: Path, table: Path, on_error: str) -> Listing:
         near = _check.did_you_mean(name, [file.relative_to(path).as_posix() for file in _images_below(path)])
         raise ValueError(
             f"{where} names {len(missing)} of {len(first)} files that aren't in {shown(path)}, the first of them "
-            f'{name!r:.60} in row {number}{near}; correct or add them, or pass on_error="skip".'
+            f"{name!r:.60} in row {number}{near}; correct or add them, or {OR_SKIP}."
         )
     pairs = sorted((file, label) for _, file, label in first.values())
     return Listing([file for file, _ in pairs], [label for _, label in pairs])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix.data.decode import UnreadableImageError, in_threads, read_header, read_picture, shown
+from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.images import FileImages, ImageData, channel_statistics, check_channels
 from hardmix.data.splits import train_validation_split
 
@@ -191,5 +191,5 @@ def _unreadable(bad: dict[Path, str], files: int) -> str:
     more = f"; and {len(reasons) - 20} more" if len(reasons) > 20 else ""
     return (
         f"load_folder: {len(reasons)} of {files} files can't be read ({'; '.join(reasons[:20])}{more}); "
-        'replace or remove them, or pass on_error="skip".'
+        f"replace or remove them, or {OR_SKIP}."
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
-from hardmix.data.decode import UnreadableImageError, in_threads, read_header, read_picture, shown
+from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, SUFFIXES, _try_all
 from hardmix.data.images import check_channels
 from hardmix.data.numbers import Numbers
@@ -92,7 +92,7 @@ def read_picture_table(
         first = f"row {sheet.numbers[missing[0]]} ({names[missing[0]]!r:.60})"
         raise ValueError(
             f"{where} names {len(missing)} of {len(rows)} files that aren't in {shown(folder)}, the first of them in "
-            f'{first}; add them, or pass on_error="skip".'
+            f"{first}; add them, or {OR_SKIP}."
         )
     paths = [paths[row] for row in rows]
     if size == 0:
@@ -165,7 +165,7 @@ def read_all(
     listed = f"({_listed(filter(None, reasons), 20)})"
     bad = f"{len(paths) - len(kept)} of {len(paths)} files"
     if on_error == "raise" or not kept:
-        instead = ', or pass on_error="skip"' if kept else ""
+        instead = f", or {OR_SKIP}" if kept else ""
         raise ValueError(f"{who}: {bad} can't be read {listed}; replace or remove them{instead}.")
     warnings.warn(f"{who}: left out {bad} that can't be read {listed}.", stacklevel=3)
     return pixels[kept], kept

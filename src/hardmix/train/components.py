@@ -297,8 +297,9 @@ def entry(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def check_name(kind: str, name: str, names: Iterable[str]) -> None:
-    if name not in (known := list(names)):
-        raise ValueError(f'"{name}" is not a {kind}{did_you_mean(name, known)}; there are {", ".join(known)}')
+    if name not in (known := list(dict.fromkeys(names))):
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f'"{name}" is not {article} {kind}{did_you_mean(name, known)}; there are {", ".join(known)}')
 
 
 def check_options(kind: str, name: str, known: list[str], options: Mapping[str, Any]) -> None:

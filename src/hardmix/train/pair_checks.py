@@ -12,6 +12,8 @@ from hardmix.train.components import policy_names
 if TYPE_CHECKING:
     from hardmix.train.recipe import Recipe
 
+#: what a recipe of another task is told
+OF_TUNE = "tune is a section of image-text recipes, of which few-labels take tune.start and modalities tune.classes"
 #: objectives of pictures that a policy has mixed
 OF_MIXTURES = (IMixLoss, UnMixLoss)
 
@@ -68,7 +70,7 @@ def check_modalities(recipe: Recipe) -> None:
     if recipe.policy is not None:
         raise ValueError("a policy mixes pictures, which has no meaning for several modalities; leave it out")
     if recipe.tune != type(recipe.tune)(classes=recipe.tune.classes):
-        raise ValueError("tune is a section of image-text recipes; leave it out, tune.classes aside")
+        raise ValueError(f"{OF_TUNE}; leave out all but tune.classes")
     if recipe.eval.parts:
         raise ValueError("eval.parts is for image-text recipes; leave it out")
     if recipe.train.accumulate > 1:

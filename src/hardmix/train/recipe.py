@@ -22,7 +22,7 @@ from hardmix.data.pair_sets import PAIR_SETS
 from hardmix.train.components import Component, MistakesError, check_objective, check_policy, policy_names
 from hardmix.train.errors import RecipeError
 from hardmix.train.few_section import SemiSection, check_few
-from hardmix.train.pair_checks import check_modalities, check_pairs
+from hardmix.train.pair_checks import OF_TUNE, check_modalities, check_pairs
 from hardmix.train.sections import (
     ContrastSection,
     DataSection,
@@ -104,9 +104,11 @@ class Recipe(Section):
         if not isinstance(table, Mapping):
             return table
         data = table.get("data", {})
-        if isinstance(data, Mapping) and data.get("name") in PAIR_SETS:
+        if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+            return table
+        if data["name"] in PAIR_SETS:
             return _pair_defaults({**table, "data": {"augment": [], **data}})
-        if not isinstance(data, Mapping) or data.get("name") not in NUMBER_SETS:
+        if data["name"] not in NUMBER_SETS:
             return table
         kind = kind_of(data["name"])
         data = {"augment": list(DEFAULT_VIEWS[kind]), **data}
@@ -217,7 +219,7 @@ class Recipe(Section):
         if self.eval.parts:
             yield "eval.parts is for image-text recipes; leave it out"
         if self.tune != (TuneSection(start=self.tune.start) if few else TuneSection()):
-            yield "tune is a section of image-text recipes; leave it out" + ", tune.start aside" * few
+            yield f"{OF_TUNE}; leave out all but tune.start" if few else f"{OF_TUNE}; leave it out"
         if not few and self.semi != SemiSection():
             yield "semi is a section of few-labels recipes; leave it out"
         for name in self._policies():
@@ -280,7 +282,13 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def with_seed(self, seed: int) -> Recipe:
-        return self.model_copy(update={"seed": seed})
+        """The same recipe with another seed.
+
+        Raises:
+            RecipeError: a seed that no recipe may have; a run with it could be neither resumed nor evaluated.
+        """
+        # A recipe of defaults stands in: this one, validated anew, would take all its keys for what a person has set.
+        return self.model_copy(update={"seed": check_recipe({"name": self.name, "seed": seed}, self.name).seed})
 
 
 def _pair_defaults(table: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +364,7 @@ def read_toml(name: str) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(path.read_text("utf-8-sig"))  # editors of Windows put a byte order mark first
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {path} is not valid TOML: {error}.") from None
     if _depth(table) > MAX_DEPTH:
@@ -388,7 +396,9 @@ def _sentence(error: Any) -> str:
     *parents, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
         names = list(_section(parents).model_fields)
-        return f"unknown key{did_you_mean(str(last), names)}; there are {', '.join(names)}"
+        elsewhere = " or ".join(f'"{place}.{last}"' for place in _sections_with(str(last)))
+        hint = f" (did you mean {elsewhere}?)" if elsewhere else did_you_mean(str(last), names)
+        return f"unknown key{hint}; there are {', '.join(names)}"
     if error["type"] == "model_type" and error["loc"]:
         names = list(_section(error["loc"]).model_fields)
         if "name" in names:
@@ -401,13 +411,27 @@ def _sentence(error: Any) -> str:
     return f"is {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
+def _sections_with(key: str) -> list[str]:
+    """The sections that have a key of this very name, that of the training first."""
+    kinds = ((name, _kind(field.annotation)) for name, field in Recipe.model_fields.items())
+    found = [name for name, kind in kinds if kind and issubclass(kind, Section) and key in kind.model_fields]
+    return sorted(found, key=lambda name: name != "train")
+
+
 def _section(loc: Iterable[int | str]) -> type[BaseModel]:
     """The model that reads the table at this place of a recipe."""
-    section: Any = Recipe
+    section: type[BaseModel] | None = Recipe
     for part in loc:
-        kind = section.model_fields[part].annotation
-        section = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
-    return section  # type: ignore[no-any-return]
+        assert section is not None, "only a table has keys"
+        section = _kind(section.model_fields[str(part)].annotation)
+    assert section is not None, "only a table has keys"
+    return section
+
+
+def _kind(annotation: Any) -> type[BaseModel] | None:
+    """The model of a table, of an optional one too."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _depth(value: object, limit: int = MAX_DEPTH) -> int:

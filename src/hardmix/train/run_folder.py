@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,37 @@ def problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:
             return f"{folder} is not empty and holds no run; choose another --out."
         return None
     if not resume:
-        return f"{folder} already holds a run; pass --resume to go on with it, or another --out."
-    # Compared as resolved recipes: a key that a newer version adds with a default is no change.
-    known, wanted = (flat(r.model_dump()) for r in (load_recipe(str(before)), recipe))
-    changed = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    if changed:
+        return _taken(recipe, folder)
+    if changed := _changed(recipe, before):
         return (
             f"{folder} holds a run of another recipe ({', '.join(changed[:5])} differ); "
             "choose another --out, or resume it without changes."
         )
     return None
+
+
+def _taken(recipe: Recipe, folder: Path) -> str:
+    """What kind of run is there already, and where a new one could go."""
+    try:
+        changed = _changed(recipe, folder / "recipe.toml")
+    except (OSError, ValueError):  # of another version, or damaged; that it is there is all that counts
+        changed = []
+    other = f", of another recipe ({', '.join(changed[:5])} differ)" if changed else ""
+    place = folder.resolve() if folder.name in ("", "..") else folder
+    free = next(path for n in count(2) if not (path := place.parent / f"{place.name}-{n}").exists())
+    if (folder / "summary.json").is_file():
+        return f"{folder} already holds a run that is finished{other}; pass another --out, such as {free}."
+    return (
+        f"{folder} already holds a run that is not finished{other}; go on with hardmix run --resume {folder}, or pass "
+        f"another --out, such as {free}."
+    )
+
+
+def _changed(recipe: Recipe, before: Path) -> list[str]:
+    """Keys that differ from a saved recipe's, as resolved ones: a key that a newer version adds with a default does
+    not."""
+    known, wanted = (flat(r.model_dump()) for r in (load_recipe(str(before)), recipe))
+    return sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
 
 
 def check_origin(saved: Checkpoint, recipe: Recipe, accelerator: Any) -> None:

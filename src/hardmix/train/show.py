@@ -15,7 +15,7 @@ from hardmix.data.images import ImageSet
 from hardmix.mixing import Policy
 from hardmix.models.build import build_model
 from hardmix.tables import NEEDS_ATTENTION, POLICIES, REGRESSION_POLICIES, WRAPPERS
-from hardmix.train.components import Component, build_policy, policy_names
+from hardmix.train.components import Component, build_policy, check_policy, policy_names
 from hardmix.train.evaluate import load_run
 from hardmix.train.files import new_file, write_bytes
 from hardmix.train.recipe import parse_options
@@ -80,9 +80,11 @@ def show_policy(
     """
     from hardmix.report.gallery import mixed_sheet
 
+    _check_png(path)
     if name in REGRESSION_POLICIES:
         raise ValueError(f"show: {name} pairs by labels that are numbers, which these images don't have; show another.")
-    drawn = draw(name, _subject(data, data_path, rows, seed, run), seed, parse_options(sets or []))
+    options = _options(name, sets or [])
+    drawn = draw(name, _subject(data, data_path, rows, seed, run), seed, options)
     _save(mixed_sheet(drawn.own, drawn.partner, drawn.mask, drawn.mixed, drawn.texts), path)
     return drawn.texts
 
@@ -94,6 +96,7 @@ def show_all(data: str, data_path: str, path: Path, *, seed: int, run: Path | No
     """
     from hardmix.report.gallery import stacked_sheets
 
+    _check_png(path)
     subject = _subject(data, data_path, ROWS_OF_ALL, seed, run)
     sheets: dict[str, Drawn] = {}
     for name in POLICIES:
@@ -114,6 +117,7 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
     ours = subject.component if subject.component is not None and subject.component.name == name else None
     usual = USUAL.get(name, {}) if ours is None else ours.model_dump()
     told = {"name": name, **usual, **options}
+    check_policy(Component(**told))  # before its parts are looked into
     inside = policy_names(told)
     model = subject.model or _untrained(inside, x, len(images.class_names))
     model.train()  # in which policies see it; a run's is a copy of what its checkpoint holds
@@ -139,6 +143,23 @@ def draw(name: str, subject: Subject, seed: int, options: dict[str, object]) -> 
         caption(*row, images.class_names) for row in zip(target.labels.tolist(), target.weights.tolist(), strict=True)
     ]
     return Drawn(own, partner, mask, mixed.detach(), texts)
+
+
+def _options(name: str, sets: list[str]) -> dict[str, object]:
+    """What --set says of the policy itself, not of a recipe."""
+    options = parse_options(sets)
+    if "name" in options:
+        raise ValueError("show: --set name names another policy; name it in place of this one: hardmix show NAME.")
+    inside = options.get("policy")
+    if inside and isinstance(inside, dict) and name not in WRAPPERS:
+        keys = " and ".join(f"policy.{key} is {key}" for key in inside)
+        raise ValueError(f"show: --set has options of the policy alone, so {keys} here; leave out the section's name.")
+    return options
+
+
+def _check_png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"show: --out is {str(path)!r}, but the picture is a PNG; name a file that ends in .png.")
 
 
 def _save(sheet: Image, path: Path) -> None:
