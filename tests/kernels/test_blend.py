@@ -252,6 +252,19 @@ def test_box_mask(n, size, seed):
         assert torch.equal(mask[i, 0], want)
 
 
+@given(st.permutations(list(range(8))))
+def test_cycles_of_a_permutation(partner):
+    cycles = blend.cycles_of(partner)
+    assert sorted(i for cycle in cycles for i in cycle) == list(range(8))
+    for cycle in cycles:
+        assert [partner[i] for i in cycle] == [*cycle[1:], cycle[0]]
+
+
+@pytest.mark.parametrize("partner", [[0, 0], [1, 1], [1, 2, 1], [2, 2, 0, 0]])
+def test_rows_that_repeat_have_no_cycles(partner):
+    assert blend.cycles_of(partner) is None
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_gradients_reach_both_samples(size):
     x = make_batch((4, *size), torch.float64).requires_grad_()

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hardmix.kernels import rows as loops
 from hardmix.mixing import ResizeMix
 from mixing.cases import rng
 
@@ -71,22 +70,6 @@ def test_in_place_is_out_of_place(dtype: torch.dtype, side: int, layout: torch.m
         assert plan.blend_(changed) is changed
         assert torch.equal(changed, want)
         assert changed._version > version  # a graph that kept the clean batch has to notice
-
-
-@pytest.mark.parametrize("size", [(160, 150), (30, 26, 28), (20_000,)], ids=str)
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_threads_change_nothing(size: tuple[int, ...], mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mode():
-        x = torch.rand(7, 1, *size, generator=rng())
-        for partner in ([1, 2, 3, 4, 5, 6, 0], [1, 0, 3, 2, 4, 6, 5], [5, 5, 0, 0, 4, 1, 6]):
-            plan = ResizeMix().plan(x, generator=rng(1), partner=torch.tensor(partner))
-            want, other = plan.blend(x), plan.other
-            with monkeypatch.context() as patch:
-                patch.setattr(loops, "_LARGE_BYTES", 0)
-                patch.setattr(torch, "get_num_threads", lambda: 3)
-                assert torch.equal(plan.blend(x), want)
-                assert torch.equal(plan.blend_(x.clone()), want)
-                assert torch.equal(plan.other, other)
 
 
 @pytest.mark.parametrize("side", [20, 140])

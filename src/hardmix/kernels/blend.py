@@ -12,17 +12,18 @@ the first of these that fits. The numbers are those of the plain form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise, repeat
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed, settled
-from hardmix.kernels.rows import along_cycles, cycles_of
 
+Row = TypeVar("Row")
 _FULL = (torch.float32, torch.float64)
 #: NumPy has no bfloat16 and no float8, so boxes are copied as integers of the same width.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,8 +97,7 @@ def blend_partner(
     if not in_place:
         for i, j in enumerate(partners):
             _blend(rows[i], rows[j], weights[i], outs[i])
-    (sources,) = along_cycles(rows, cycles, Tensor.clone)
-    for i, other in sources:
+    for i, other in along_cycles(rows, cycles, Tensor.clone):
         _blend(rows[i], other, weights[i], outs[i])
     return out
 
@@ -134,9 +134,41 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
     return out
 
 
+def cycles_of(partner: list[int]) -> list[list[int]] | None:
+    """The cycles of a permutation: each row's partner follows it, the last one's is the first. None if rows repeat."""
+    cycles = []
+    seen = [False] * len(partner)
+    for first in range(len(partner)):
+        cycle, i = [], first
+        while not seen[i]:
+            seen[i] = True
+            cycle.append(i)
+            i = partner[i]
+        if cycle and i != first:
+            return None
+        if cycle:
+            cycles.append(cycle)
+    return cycles
+
+
+def along_cycles(rows: Sequence[Row], cycles: list[list[int]], save: Callable[[Row], Row]) -> Iterator[tuple[int, Row]]:
+    """(i, the row that i is mixed with) in an order in which each row is read before it is written."""
+    for cycle in cycles:
+        saved = save(rows[cycle[0]])
+        for i, j in pairwise(cycle):
+            yield i, rows[j]
+        yield cycle[-1], saved
+
+
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """What values of a batch are blended and resampled in: float32, and float64 for what float32 can't hold."""
     return torch.float64 if dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers that an integer dtype holds, still as floats; `values` may be written."""
+    values = values.round_()
+    return values.clamp_(max=_LARGEST_INT64) if dtype == torch.int64 else values
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -164,9 +196,7 @@ def _blend(own: Tensor, other: Tensor, weight: Tensor, out: Tensor | None = None
     wide = arithmetic(own.dtype)
     mixed = torch.lerp(other.to(wide), own.to(wide), weight.to(wide))
     if not own.is_floating_point():
-        mixed = mixed.round_()
-    if own.dtype == torch.int64:
-        mixed = mixed.clamp_(max=_LARGEST_INT64)
+        mixed = nearest(mixed, own.dtype)
     if own.dtype == torch.uint8:
         mixed = mixed.to(torch.int32)  # float32 -> int32 -> uint8 is vectorised on a CPU, float32 -> uint8 is not
     return _written(mixed.to(own.dtype) if out is None else mixed, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import reduce
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix.kernels import blend
-from hardmix.kernels.rows import along_cycles, cycles_of, parts_of, run_parts, spans
 
 #: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
 #: computed.
@@ -31,7 +30,8 @@ def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
         outer edges of the partner's border pixels fall on the edges of the box, as in `F.interpolate`.
     """
     if _row_by_row(x, box):
-        return _fill_windows(torch.zeros_like(x), box, _partner_rows(x, partner.tolist()))
+        rows = blend.as_array(x)
+        return _fill_windows(torch.zeros_like(x), box, ((i, rows[j]) for i, j in enumerate(partner.tolist())))
     other = x.index_select(0, partner)
     ends = [(box[:, axis, 0] == 0) & (box[:, axis, 1] == length) for axis, length in enumerate(x.shape[2:])]
     whole = reduce(torch.logical_and, ends)  # (N,) nothing is resized there, and nothing rounded
@@ -43,12 +43,12 @@ def paste_resized(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None
     """x with each row's partner shown whole inside the row's box of whole pixels; `out` may be `x` itself."""
     if _row_by_row(x, box):
         partners = partner.tolist()
-        cycles = cycles_of(partners) if out is x else None
+        cycles = blend.cycles_of(partners) if out is x else None
         if cycles is not None:
-            return _fill_windows(x, box, along_cycles(list(blend.as_array(x)), cycles, np.copy, parts_of(x)))
-        clean = x.clone() if out is x else x
-        out = torch.empty_like(x) if out is None else out
-        return _fill_windows(out, box, _partner_rows(clean, partners), around=blend.as_array(clean))
+            return _fill_windows(x, box, blend.along_cycles(list(blend.as_array(x)), cycles, np.copy))
+        rows = blend.as_array(x.clone() if out is x else x)
+        sources = ((i, rows[j]) for i, j in enumerate(partners))
+        return _fill_windows(torch.empty_like(x) if out is None else out, box, sources, around=rows)
     if out is x:
         x = x.clone()  # a row may be its partner's partner
     other = _as_laid_out(x, _resample(x.index_select(0, partner), _positions(x, box)))
@@ -90,45 +90,31 @@ def _as_laid_out(x: Tensor, out: Tensor) -> Tensor:
     return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)
 
 
-def _partner_rows(x: Tensor, partners: list[int]) -> list[list[tuple[int, np.ndarray]]]:
-    """For each thread: (row, the bits of its partner)."""
-    rows = blend.as_array(x)
-    return [[(i, rows[partners[i]]) for i in range(*part.indices(len(x)))] for part in spans(len(x), parts_of(x))]
-
-
 def _fill_windows(
-    out: Tensor,
-    box: Tensor,
-    sources: Sequence[Iterable[tuple[int, np.ndarray]]],
-    around: np.ndarray | None = None,
+    out: Tensor, box: Tensor, sources: Iterable[tuple[int, np.ndarray]], around: np.ndarray | None = None
 ) -> Tensor:
     """`out` with the source (C, *spatial) of each row resized into its box.
 
     Args:
-        sources: for each thread (row, bits of what is shown in its box), as `blend.as_array` gives them.
+        sources: (row, bits of what is shown in its box), as `blend.as_array` gives them.
         around: (N, C, *spatial) bits of what stands around the boxes; None leaves what is there.
     """
     grid_of = _grids_of_windows(_positions(out, box))
-    mixed = blend.as_array(out)
+    # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is copied: to
+    # wake a second thread for one row takes longer than the row.
+    near = torch.empty_like(out[:1])
+    mixed, streamed = blend.as_array(out), blend.as_array(near)
     windows = [tuple(slice(start, stop) for start, stop in edges) for edges in box.tolist()]
     everything = tuple(slice(0, length) for length in out.shape[2:])
-
-    def fill(part: Iterable[tuple[int, np.ndarray]]) -> None:
-        # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is
-        # copied: to wake a second thread for one row takes longer than the row.
-        near = torch.empty_like(out[:1])
-        streamed = blend.as_array(near)
-        for row, source in part:
-            streamed[0] = source
-            if around is not None:
-                mixed[row] = around[row]  # here, where the row stays in the cache for what follows
-            if windows[row] == everything:  # nothing is resized, and nothing rounded
-                mixed[row] = streamed[0]
-                continue
-            place = (slice(None), *windows[row])
-            mixed[row][place] = blend.as_array(_sample(near, grid_of(row, windows[row])))[0]
-
-    run_parts(fill, sources)
+    for row, source in sources:
+        if windows[row] == everything:  # nothing is resized, and nothing rounded
+            mixed[row] = source
+            continue
+        streamed[0] = source
+        if around is not None:
+            mixed[row] = around[row]  # here, where the row stays in the cache for what follows
+        place = (slice(None), *windows[row])
+        mixed[row][place] = blend.as_array(_sample(near, grid_of(row, windows[row])))[0]
     blend.mark_written(out)
     return out
 
@@ -178,4 +164,4 @@ def _sample(x: Tensor, grid: Tensor) -> Tensor:
         middle = torch.zeros_like(grid)
         return _sample(x[:, :, None], torch.cat([grid, middle], -1)[:, None])[:, :, 0]
     out = F.grid_sample(x.to(grid.dtype), grid, padding_mode="border", align_corners=False)
-    return out.to(x.dtype) if x.is_floating_point() else out.round_().to(x.dtype)
+    return (out if x.is_floating_point() else blend.nearest(out, x.dtype)).to(x.dtype)
