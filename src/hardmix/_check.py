@@ -61,14 +61,11 @@ def boolean(who: str, name: str, value: object) -> bool:
 
 def interval(who: str, name: str, value: object, low: float, high: float) -> tuple[float, float]:
     """A pair (a, b) of numbers with low <= a <= b <= high."""
-    try:
-        first, last = value if isinstance(value, Sequence) else ()  # type: ignore[misc]
-        start, stop = number(who, name, first), number(who, name, last)
-    except (TypeError, ValueError):
-        start, stop = math.nan, math.nan
-    if not low <= start <= stop <= high:
+    ends = list(value) if isinstance(value, Sequence) else []
+    numbers = [float(end) for end in ends if isinstance(end, (int, float)) and not isinstance(end, bool)]
+    if not (len(ends) == len(numbers) == 2 and low <= numbers[0] <= numbers[1] <= high):
         raise ValueError(f"{who}: {name} is {value!r}; pass two numbers a <= b between {low:g} and {high:g}.")
-    return start, stop
+    return numbers[0], numbers[1]
 
 
 def choice(who: str, name: str, value: object, options: Iterable[str]) -> str:
