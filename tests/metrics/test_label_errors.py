@@ -218,6 +218,12 @@ def test_components_equal_those_of_the_covariance(n, d, k, seed):
     assert not shares[rank:].any()
 
 
+def test_a_rounded_mean_adds_no_component():
+    scores, shares = principal_components(torch.tensor([[2.2944, 6.3706], [2.4546, 7.5536]], dtype=torch.float64))
+    assert not scores[:, 1].any()
+    assert shares.tolist() == [1.0, 0.0]
+
+
 def test_signs_do_not_hang_on_rounding():
     line = torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
     for direction in ([1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [1 - 1e-13, -1.0], [-1.0, 1 + 1e-13]):

@@ -223,7 +223,7 @@ def principal_components(features: Tensor, *, components: int = 2) -> tuple[Tens
     # Loadings that are equal but for rounding would leave the sign to chance.
     large = v.abs() >= v.abs().amax(1, keepdim=True) * (1 - 1e-6)
     sign = v.gather(1, large.int().argmax(1, keepdim=True))[:, 0].sign()
-    kept = min(components, len(s))
+    kept = min(components, len(s), len(x) - 1)  # centred rows sum to 0; a rounded mean may make it look otherwise
     scores[:, :kept] = (u * s * sign)[:, :kept] * scale
     shares[:kept] = (s.square() / s.square().sum())[:kept]
     return scores, shares
