@@ -5,13 +5,16 @@ INTEGRATIONS := .venv-integrations
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-integrations lint smoke clean
+.PHONY: demo test fuzz test-integrations lint smoke clean
 
 demo: $(VENV)/.ready ## the main job on real data that comes with the install; writes report.html into runs/demo, runs/demo-numbers and runs/demo-pairs
 	$(BIN)/hardmix demo
 
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -q
+
+fuzz: $(VENV)/.ready ## the tests that draw their cases, with new cases in every run
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=default
 
 test-integrations: $(INTEGRATIONS)/.ready ## the adapters beside the real open_clip, timm and torchvision; the GPU's kernels in Triton's interpreter
 	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
