@@ -101,14 +101,22 @@ def _fused(logits: Tensor, share: Tensor, soft: Tensor | None) -> bool:
     return _by_hand(share, soft) and fits_kernels(logits, share.shape[1])
 
 
-class _Row(NamedTuple):
-    """What the loss and its gradient need of a row."""
+class _Slopes(NamedTuple):
+    """What the gradient needs of a row."""
 
-    odds: Tensor  # (K, N, *spatial) log((1 - p) / p) of the labels
-    margin: Tensor | None  # (K, N, *spatial) r - z of the regularised labels, -inf for the others; None: nothing is
+    missing: Tensor  # (K, N, *spatial) 1 - p of the labels
+    pull: Tensor | None  # (K, N, *spatial) sigmoid(r - z), 0 for the labels that are not regularised; None: none is
     outside: Tensor  # (N, *spatial) probability of the classes outside S
     differs: Tensor  # (K, K, N, *spatial) two labels are two classes
     first: Tensor | None  # (K, N, *spatial) the label has not occurred before in its row; None: a pair needs no look
+
+
+class _Row(NamedTuple):
+    """What the loss needs of a row."""
+
+    cost: Tensor  # (K, N, *spatial) -log p of the labels
+    pull: Tensor | None  # (K, N, *spatial) softplus(r - z), 0 for the labels that are not regularised; None: none is
+    slopes: _Slopes
 
 
 def _compare(labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -126,10 +134,10 @@ def _others(rest: Tensor, own: Tensor, differs: Tensor) -> Tensor:
     return (differs * own).sum(1) + rest
 
 
-def _mask(margin: Tensor, differs: Tensor, asymmetric: bool) -> Tensor:
-    """-inf where the label is not regularised; a product with 0 would make NaN of an infinite term."""
-    alone = ~differs[0].any(0)
-    return margin.masked_fill(alone | differs[0] if asymmetric else alone, -torch.inf)
+def _regularised(differs: Tensor, asymmetric: bool) -> Tensor:
+    """Labels that the regulariser is of, broadcastable to (K, N, *spatial): those of rows with another class."""
+    paired = differs[0, 1] if len(differs) == 2 else differs[0].any(0)
+    return paired & ~differs[0] if asymmetric else paired
 
 
 def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
@@ -141,23 +149,34 @@ def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool
     # The smallest number stands for an underflow to 0, whose logarithm has no gradient.
     others = _others(mass[0], mass[1:], differs).clamp(min=torch.finfo(mass.dtype).tiny)
     odds = others.log() + top - own
-    margin = _mask(rest - own, differs, asymmetric) if eta and len(labels) > 1 else None
-    return _Row(odds, margin, mass[0] / (others[0] + mass[1]), differs, first)
+    pull = slope = None
+    if eta and len(labels) > 1:
+        # Masked here: of a term that is infinite, a product with 0 would make NaN.
+        margin = (rest - own).masked_fill(~_regularised(differs, asymmetric), -torch.inf)
+        pull, slope = softplus(margin), margin.sigmoid()
+    outside = mass[0] / (others[0] + mass[1])
+    return _Row(softplus(odds), pull, _Slopes(odds.sigmoid(), slope, outside, differs, first))
 
 
 def _row_of_probs(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
     """The same from probabilities, where none of them underflows."""
     differs, first = _compare(labels)
-    odds = (_others(rest, own if first is None else own * first, differs) / own).log()
-    margin = _mask((rest / own).log(), differs, asymmetric) if eta and len(labels) > 1 else None
-    return _Row(odds, margin, rest, differs, first)
+    missing = _others(rest, own if first is None else own * first, differs)
+    pull = slope = None
+    if eta and len(labels) > 1:
+        margin = rest / own * _regularised(differs, asymmetric)  # exp(r - z)
+        pull, slope = margin.log1p(), margin / (1.0 + margin)
+    return _Row((missing / own).log1p(), pull, _Slopes(missing, slope, rest, differs, first))
+
+
+def _distinct(pull: Tensor, first: Tensor | None) -> Tensor:
+    return pull if first is None else pull * first
 
 
 def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> Tensor:
-    loss = (share * softplus(row.odds)).sum(0)
-    if row.margin is not None:
-        pull = softplus(row.margin)
-        loss = loss.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
+    loss = (share * row.cost).sum(0)
+    if row.pull is not None:
+        loss = loss.add(_distinct(row.pull, row.slopes.first).sum(0), alpha=eta)
     if soft is not None:
         loss = loss - (logits.log_softmax(1, dtype=loss.dtype) * soft).sum(1)
     return loss
@@ -165,7 +184,7 @@ def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: fl
 
 def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
     """-sum_c log p_c of every row, (N, *spatial), read off the mean of its logits and -log p of its first label."""
-    own = logits.gather(1, label[:, None]).to(row.odds.dtype)
+    own = logits.gather(1, label[:, None]).to(row.cost.dtype)
     own = own.masked_fill(own == -torch.inf, 0.0)  # -log p is infinite then, whatever is added
     # Differences first: the mean of logits far from 0 has lost its digits. In pieces, they do not leave a CPU's cache.
     rows = logits.shape[0]
@@ -174,7 +193,7 @@ def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
     pieces = zip(own.split(rows), logits.split(rows), strict=True)
     below = torch.cat([(first - piece).mean(1) for first, piece in pieces])
     # -log p is capped, so beyond 1e30 the sum could turn negative.
-    return (below + softplus(row.odds[0])).clamp(min=0.0) * logits.shape[1]
+    return (below + row.cost[0]).clamp(min=0.0) * logits.shape[1]
 
 
 def _formula(
@@ -248,7 +267,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         asymmetric: bool,
     ) -> Tensor:
         probs, amount, row = _split(logits, labels, eta, asymmetric)
-        ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row)
+        ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row.slopes)
         ctx.floor, ctx.eta, ctx.asymmetric = floor, eta, asymmetric
         loss = _loss(row, logits, share, soft, eta)
         return loss.add(_all_classes(row, logits, labels[0]), alpha=floor) if floor else loss
@@ -259,7 +278,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
             settings = ctx.floor, ctx.eta, ctx.asymmetric
             return graph_gradient(_formula, grad_loss, logits, labels, share, soft, *settings), *[None] * 6
-        at_labels, outside = _gradient(_Row(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
+        at_labels, outside = _gradient(_Slopes(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
         at_labels = (at_labels * grad_loss).movedim(0, 1)
         outside = (outside * grad_loss / amount)[:, None]
         if soft is not None or ctx.floor or logits.dtype == probs.dtype:
@@ -313,21 +332,22 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return grad, *[None] * 7
 
 
-def _gradient(row: _Row, share: Tensor, soft: Tensor | None, everywhere: float, eta: float) -> tuple[Tensor, Tensor]:
+def _gradient(
+    slopes: _Slopes, share: Tensor, soft: Tensor | None, everywhere: float, eta: float
+) -> tuple[Tensor, Tensor]:
     """d loss / d z of the labels (K, N, *spatial), and the factor (N, *spatial) of the softmax outside S.
 
     Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
     target itself is left to the caller, and so is the mass of each class alike, `everywhere` in sum.
     """
     total = share.sum(0)
-    elsewhere = (row.differs * share).sum(1)  # mass of the other classes
+    elsewhere = (slopes.differs * share).sum(1)  # mass of the other classes
     if soft is not None or everywhere:
         further = everywhere if soft is None else soft.sum(1)
         total, elsewhere = total + further, elsewhere + further
-    at_labels = elsewhere - total * row.odds.sigmoid()  # total p - mass of the class, with every digit of 1 - p
-    outside = total * row.outside
-    if row.margin is not None:
-        pull = row.margin.sigmoid()
-        at_labels = at_labels.sub(pull, alpha=eta)
-        outside = outside.add((pull if row.first is None else pull * row.first).sum(0), alpha=eta)
+    at_labels = elsewhere - total * slopes.missing  # total p - mass of the class, with every digit of 1 - p
+    outside = total * slopes.outside
+    if slopes.pull is not None:
+        at_labels = at_labels.sub(slopes.pull, alpha=eta)
+        outside = outside.add(_distinct(slopes.pull, slopes.first).sum(0), alpha=eta)
     return at_labels, outside
