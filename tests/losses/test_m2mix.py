@@ -17,6 +17,7 @@ from torch import Tensor
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.clip import ClipLoss, clip_loss, cross_entropy, siglip_loss
 from hardmix.losses.m2mix import M2MixLoss, M2MixSigLipLoss, m2mix_loss, mixed_rows
+from hardmix.mixing import geodesic
 from hardmix.mixing.draw import draw_beta
 
 from .slow_pairs import VECTORS, cloud, m2_rows, mean, sigmoid_rows
@@ -69,9 +70,12 @@ def test_any_batch(data: st.DataObject) -> None:
     lam = data.draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
     a, b, _ = leaves(n, d, seed)
     got, want = m2mix_loss(a, b, temperature=t, lam=torch.tensor(lam, dtype=DOUBLE)), mean(m2_rows(a, b, 1 / t, lam))
-    assert got.item() == pytest.approx(want.item(), rel=1e-11, abs=1e-12)
+    # The mixture of two opposite rows is ill-conditioned: 1 + cos has lost the digits by which it is smaller than 1.
+    lost = 1 / (1 + F.cosine_similarity(a, b)).min().clamp(min=geodesic.OPPOSITE).item()
+    assert got.item() == pytest.approx(want.item(), rel=1e-11 + 1e-15 * lost, abs=1e-12)
     for x, y in zip(gradients(got, a, b), gradients(want, a, b), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+        close = 1e-8 + 1e-12 * lost
+        torch.testing.assert_close(x, y, rtol=close, atol=close * max(1.0, y.abs().max().item()))
 
 
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["name"])
