@@ -59,7 +59,7 @@ def test_one_graph_and_the_eager_draw(name: str) -> None:
 @pytest.mark.slow
 def test_augmix_is_one_graph() -> None:
     counter = Counter()
-    policy = AugMix(width=1, depth=1)
+    policy = AugMix()
     compiled = torch.compile(policy, fullgraph=True, backend=counter)
     for n in (4, 3, 5):
         x = torch.rand(n, 1, 8, 8)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import CPU, wide
+from hardmix._math import CPU, settled, wide
 from hardmix.kernels import blend as kernel
 from hardmix.kernels import warp
 from hardmix.mixing.draw import Pairing, draw_beta, move, uniform
@@ -66,9 +66,8 @@ class AugMix(Policy):
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         _unit_range(x)
         rows, device = x.shape[0], x.device
-        low, high = self.depth
         count = self._count(rows)
-        draws = uniform(0.0, 1.0, (count, self.width, 1 + 3 * high), generator)
+        draws = uniform(0.0, 1.0, (count, self.width, 1 + 3 * self.depth[1]), generator)
         shape = torch.full((count, self.width), self.alpha, dtype=torch.float64, device=CPU)
         # Gamma draws over their sum are a Dirichlet draw. The floor keeps a small alpha from giving 0 / 0.
         gamma = torch._standard_gamma(shape, generator=generator).clamp(min=1e-300)
@@ -78,23 +77,32 @@ class AugMix(Policy):
 
         # The chains work on floats in [0, 1] of at least single precision.
         clean = x.to(wide(x.dtype)) if x.is_floating_point() else x.to(torch.float32) / 255.0
+        if torch.compiler.is_compiling():  # a graph with each chain by itself takes minutes to compile
+            together = draws.transpose(0, 1).flatten(0, 1)
+            images = iter(self._distorted(clean.repeat(self.width, 1, 1, 1), together).chunk(self.width))
+        else:
+            images = (self._distorted(clean.clone(), draws[:, chain]) for chain in range(self.width))
         mixture = torch.zeros_like(clean)
-        for chain in range(self.width):
-            depth = (draws[:, chain, 0] * (high - low + 1)).long().clamp(max=high - low) + low
-            image = clean.clone()
-            for link in range(high):
-                which, level, sign = draws[:, chain, 1 + 3 * link : 4 + 3 * link].unbind(1)
-                operation = (which * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
-                operation = torch.where(link < depth, operation, -1)  # a chain that is over stays as it is
-                level = (level * (self.severity - 0.1) + 0.1) / 10.0
-                image = distort_(image, operation, level, torch.where(sign < 0.5, -1.0, 1.0))
-            mixture.addcmul_(_per_row(move(share[:, chain], device), image), image)
-        own = kernel.blend_rows(mixture, clean, _per_row(move(m, device), clean))
+        for chain, image in enumerate(images):
+            mixture.addcmul_(_beside(move(share[:, chain], device), image), image)
+        own = kernel.blend_rows(mixture, clean, _beside(move(m, device), clean))
         if not x.is_floating_point():
             own = (own * 255.0).round_()
         plan = MixPlan.identity(rows, device)
         plan.own = torch.empty_like(x).copy_(own)  # in the dtype and the memory format of x
         return plan
+
+    def _distorted(self, x: Tensor, draws: Tensor) -> Tensor:
+        """The end of a chain of each row, made in `x` from its draws (N, 1 + 3 links)."""
+        low, high = self.depth
+        depth = (draws[:, 0] * (high - low + 1)).long().clamp(max=high - low) + low
+        for link in range(high):
+            which, level, sign = draws[:, 1 + 3 * link : 4 + 3 * link].unbind(1)
+            operation = (which * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
+            operation = torch.where(link < depth, operation, -1)  # a chain that is over stays as it is
+            level = (level * (self.severity - 0.1) + 0.1) / 10.0
+            x = distort_(x, operation, level, torch.where(sign < 0.5, -1.0, 1.0))
+        return x
 
 
 def distort_(x: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Tensor:
@@ -106,82 +114,68 @@ def distort_(x: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Tenso
         level: (N,) strength from 0 to 1.
         sign: (N,) -1 or 1, the direction of the geometric operations.
     """
-    for index, function in enumerate(OPERATIONS.values()):
-        chosen = operation == index
+    # Rows that are moved are resampled together, each with a matrix of its own.
+    matrix = _matrices(operation, sign * level, x)
+    steps = [(operation == index, level, function) for index, function in enumerate(VALUES.values())]
+    for chosen, parameter, function in (*steps, (operation >= len(VALUES), matrix, warp.affine)):
         if torch.compiler.is_compiling():  # which rows these are is not known there
-            changed = function(x, _per_row(move(level, x.device), x), _per_row(move(sign, x.device), x))
+            # What is read at places that are themselves computed has to be in memory, or it is computed at each.
+            x = settled(x)
+            changed = function(x, _beside(move(parameter, x.device), x))
             x = torch.where(move(chosen, x.device).view(-1, 1, 1, 1), changed, x)
             continue
         rows = chosen.nonzero()[:, 0]
         if rows.shape[0] > 0:
-            parameters = [_per_row(move(value[rows], x.device), x) for value in (level, sign)]
             there = move(rows, x.device)
-            x.index_copy_(0, there, function(x.index_select(0, there), *parameters))
+            changed = function(x.index_select(0, there), _beside(move(parameter[rows], x.device), x))
+            x.index_copy_(0, there, changed)
     return x
 
 
-def _autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _autocontrast(x: Tensor, level: Tensor) -> Tensor:
     """Each channel stretched to the whole range; a channel of one value stays."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     flat = high <= low
     return (x - low.masked_fill(flat, 0.0)) / (high - low).masked_fill(flat, 1.0)
 
 
-def _posterize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _posterize(x: Tensor, level: Tensor) -> Tensor:
     """The top 4 - floor(4 level) of 8 bits, at least one."""
     step = 2.0 ** (4.0 + (4.0 * level).floor()).clamp(max=7.0)
     return (x * (255.0 / step)).floor() * (step / 255.0)
 
 
-def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _solarize(x: Tensor, level: Tensor) -> Tensor:
     """Values above 1 - level are inverted."""
     return torch.where(x > 1.0 - level, 1.0 - x, x)
 
 
-def _rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Up to 30 degrees. Coordinates are counted in half sides, so the aspect ratio enters."""
-    angle = sign * level * (math.pi / 6.0)
+def _matrices(operation: Tensor, amount: Tensor, x: Tensor) -> Tensor:
+    """(N, 2, 3) where each output pixel is read, for `warp.affine`; other operations than the moves keep the place."""
+    # Coordinates are counted in half sides, so the aspect ratio enters.
     aspect = x.shape[2] / x.shape[3]
-    return _affine(x, angle.cos(), -angle.sin() * aspect, 0.0, angle.sin() / aspect, angle.cos(), 0.0)
+    amount = amount.to(x.dtype)
+    angle, shear_x, shear_y, across, down = (
+        (operation == len(VALUES) + index) * amount * most
+        for index, most in enumerate((math.pi / 6.0, 0.3 * aspect, 0.3 / aspect, 2.0 / 3.0, 2.0 / 3.0))
+    )
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, shear_x - sin * aspect, across, shear_y + sin / aspect, cos, down], 1).view(-1, 2, 3)
 
 
-def _shear_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(x, 1.0, sign * level * (0.3 * x.shape[2] / x.shape[3]), 0.0, 0.0, 1.0, 0.0)
-
-
-def _shear_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(x, 1.0, 0.0, 0.0, sign * level * (0.3 * x.shape[3] / x.shape[2]), 1.0, 0.0)
-
-
-def _translate_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(x, 1.0, 0.0, sign * level * (2.0 / 3.0), 0.0, 1.0, 0.0)
-
-
-def _translate_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(x, 1.0, 0.0, 0.0, 0.0, 1.0, sign * level * (2.0 / 3.0))
-
-
-#: What a link of a chain may do to an image: (x, level (N, 1, 1, 1), sign (N, 1, 1, 1)) -> x. All are drawn alike.
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+#: What changes the values of an image: (x, level (N, 1, 1, 1)) -> x.
+VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "autocontrast": _autocontrast,
     "posterize": _posterize,
     "solarize": _solarize,
-    "rotate": _rotate,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
 }
+#: What a link of a chain may do to an image; all are drawn alike. The moves are in the order of `_matrices`.
+OPERATIONS = (*VALUES, "rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
-def _affine(x: Tensor, *entries: Tensor | float) -> Tensor:
-    """`warp.affine` with the six entries of the matrix, row by row."""
-    flat = [value.flatten() if isinstance(value, Tensor) else x.new_full((x.shape[0],), value) for value in entries]
-    return warp.affine(x, torch.stack(flat, 1).view(-1, 2, 3))
-
-
-def _per_row(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1).to(x.dtype)
+def _beside(values: Tensor, x: Tensor) -> Tensor:
+    """One number per row as (N, 1, 1, 1), matrices as they are; in the dtype of x."""
+    return (values.view(-1, 1, 1, 1) if values.ndim == 1 else values).to(x.dtype)
 
 
 def _unit_range(x: Tensor) -> None:
