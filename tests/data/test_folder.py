@@ -85,6 +85,32 @@ def test_train_test_and_validation_folders(tmp_path: Path, val: str) -> None:
     assert all(Path(name).parts[-3] == val for name in names(data.validation))
 
 
+def test_splits_are_known_in_any_case(tmp_path: Path) -> None:
+    for split, each in (("Training", 4), ("TESTING", 3), ("Val", 2)):
+        single_root(tmp_path / split, each=each)
+    data = load_folder(tmp_path)
+    assert data.validation is not None
+    assert [len(images) for images in (data.train, data.test, data.validation)] == [12, 9, 6]
+    single_root(tmp_path / "test")
+    with pytest.raises(ValueError, match=r"has 'TESTING' and 'test', which are both for test; keep one"):
+        load_folder(tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    single_root(tmp_path, ("bus", "test"))
+    assert load_folder(tmp_path).train.class_names == ("bus", "test")
+    single_root(tmp_path, ("train",))
+    with pytest.raises(ValueError, match=r"train', taken for the train split, has no class folders"):
+        load_folder(tmp_path)
+
+
+def test_splits_without_a_training_split_are_no_classes(tmp_path: Path) -> None:
+    for split in ("test", "val"):
+        single_root(tmp_path / split)
+    with pytest.raises(ValueError, match=r"has 'test' and 'val' but no folder 'train'; add it, or rename"):
+        load_folder(tmp_path)
+
+
 def test_validation_serves_as_test_where_there_is_none(tmp_path: Path) -> None:
     single_root(tmp_path / "train", each=4)
     single_root(tmp_path / "val", each=2)
@@ -127,6 +153,7 @@ def test_what_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.txt").write_text("x")
     (tmp_path / "cat" / ".DS_Store.png").write_text("x")
     (tmp_path / ".cache").mkdir()
+    save(tmp_path / "cat" / ".ipynb_checkpoints" / "00-checkpoint.png")
     (tmp_path / "cat" / "deeper").mkdir()
     save(tmp_path / "cat" / "deeper" / "UPPER.PNG")
     data = load_folder(tmp_path)
@@ -215,7 +242,17 @@ def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"30 of 30 files can't be read .*; and 10 more") as caught:
         load_folder(tmp_path)
     assert 'pass on_error="skip" (on the command line --set data.on_error=skip).' in str(caught.value)
-    with pytest.raises(ValueError, match="has 0 readable classes"):
+    with pytest.raises(ValueError, match=r"train of '.*' has no readable image of 3 of its classes, 'cat' for one"):
+        load_folder(tmp_path, on_error="skip")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_whose_files_are_all_skipped_is_an_error(tmp_path: Path, split: str) -> None:
+    for part in ("train", "test"):
+        single_root(tmp_path / part, each=3)
+    for path in (tmp_path / split / "dog").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{split} of '.*' has no readable image of 1 of its classes, 'dog' for one"):
         load_folder(tmp_path, on_error="skip")
 
 

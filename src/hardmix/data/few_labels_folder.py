@@ -21,12 +21,12 @@ from hardmix.data.folder import (
     SUFFIXES,
     TEST_FRACTION,
     TEST_SEED,
-    VALIDATION_NAMES,
     Listing,
     _list,
     _try_all,
     _unreadable,
     _without,
+    split_folders,
 )
 from hardmix.data.images import FileImages, channel_statistics, check_channels
 from hardmix.data.own_splits import SPLIT_COLUMN
@@ -171,21 +171,8 @@ def load_few_labels(
 
 
 def _held_out(path: Path) -> dict[str, Path]:
-    """Where the test and the validation split are, in any case; a validation split alone is for testing.
-
-    Two folders of one split are refused: the second would be read as unlabelled images.
-    """
-    found = {}
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
-    for split, spellings in (("test", ("test",)), ("validation", VALIDATION_NAMES)):
-        roots = [folder for folder in folders if folder.name.lower() in spellings]
-        if len(roots) > 1:
-            raise ValueError(
-                f"{WHO}: {shown(path)} has {roots[0].name!r} and {roots[1].name!r}, which are both for {split}; keep "
-                "one of them."
-            )
-        if roots:
-            found[split] = roots[0]
+    """Where the test and the validation split are; a validation split alone is for testing."""
+    found = split_folders(WHO, path, ("test", "validation"))
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
     return found

@@ -19,7 +19,12 @@ from hardmix.data.splits import train_validation_split
 R = TypeVar("R")
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
-VALIDATION_NAMES = ("val", "valid", "validation")
+#: what the folder of a split may be called, in any case
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation"),
+}
 
 #: share and seed of the test split that is cut from a folder without one
 TEST_FRACTION, TEST_SEED = 0.2, 0
@@ -41,9 +46,10 @@ def load_folder(
 ) -> ImageData:
     """Read `path/CLASS/**/*.jpg`, or `path/train/CLASS/...` with `path/test` and `path/val` beside it.
 
-    Classes are the sub-folders, sorted by name. Without `test`, `val` (or `valid`, `validation`) serves as the test
-    split; without either, a stratified fifth is cut from the training files, always the same one. Hidden files and
-    files without an image suffix are passed over. Pixels are decoded when a batch asks for them, see `FileImages`.
+    Classes are the sub-folders, sorted by name. Splits are called train or training, test or testing, and val, valid or
+    validation, in any case. Without `test`, `val` serves as the test split; without either, a stratified fifth is cut
+    from the training files, always the same one. Hidden files and folders and files without an image suffix are passed
+    over. Pixels are decoded when a batch asks for them, see `FileImages`.
 
     Args:
         image_size: height and width after scaling and centre-cropping; None takes the median shorter side, at most 224.
@@ -54,8 +60,9 @@ def load_folder(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without images, a test class that training doesn't have, unreadable files,
-            or too few images to cut a test split from.
+        ValueError: no class folders, a class without readable images, a test class that training doesn't have, two
+            folders of one split, test or validation folders without one for training, unreadable files, or too few
+            images to cut a test split from.
     """
     who = "load_folder"
     path = Path(path)
@@ -67,7 +74,8 @@ def load_folder(
         raise FileNotFoundError(
             f"{who}: path is {shown(path)} and there is no such folder; pass the folder of a data set."
         )
-    listings = {split: _list(root) for split, root in _split_roots(path).items()}
+    roots = _split_roots(path)
+    listings = {split: _list(root, taken_for="" if root == path else split) for split, root in roots.items()}
     every = [file for listing in listings.values() for file in listing.paths]
     sizes, bad = _try_all(read_header, every)
     if sizes and image_size is None:
@@ -81,7 +89,8 @@ def load_folder(
 
         _, damaged = _try_all(shape, list(sizes))
         bad |= damaged
-        listings = {split: _without(listing, bad) for split, listing in listings.items()}
+        whole, listings = listings, {split: _without(listing, bad) for split, listing in listings.items()}
+        _check_kept(path, whole, listings)
     names = _class_names(path, listings)
     label = {name: number for number, name in enumerate(names)}
     assert image_size is not None, "a class has at least one image"
@@ -112,40 +121,82 @@ def _cut_test(path: Path, images: FileImages) -> tuple[Tensor, Tensor]:
         ) from None
 
 
+def split_folders(who: str, path: Path, splits: Sequence[str]) -> dict[str, Path]:
+    """Which folders in `path` are those of `splits`, by their names.
+
+    Raises:
+        ValueError: two folders of one split, of which the second would be read as something else.
+    """
+    found = {}
+    folders = _visible(path)
+    for split in splits:
+        roots = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES[split]]
+        if len(roots) > 1:
+            raise ValueError(
+                f"{who}: {shown(path)} has {roots[0].name!r} and {roots[1].name!r}, which are both for {split}; keep "
+                "one of them."
+            )
+        if roots:
+            found[split] = roots[0]
+    return found
+
+
 def _split_roots(path: Path) -> dict[str, Path]:
     """Where the splits are: a folder with a `train` folder has splits, any other one is the training split itself."""
-    if not (path / "train").is_dir():
-        return {"train": path}
-    roots = {"train": path / "train"}
-    for split, spellings in (("test", ("test",)), ("validation", VALIDATION_NAMES)):
-        found = [path / name for name in spellings if (path / name).is_dir()]
-        if found:
-            roots[split] = found[0]
-    return roots
+    found = split_folders("load_folder", path, tuple(SPLIT_NAMES))
+    if "train" in found:
+        return found
+    if found and len(found) == len(_visible(path)):
+        folders = " and ".join(repr(root.name) for root in found.values())
+        raise ValueError(
+            f"load_folder: {shown(path)} has {folders} but no folder 'train'; add it, or rename what is a class."
+        )
+    return {"train": path}
 
 
-def _list(root: Path) -> Listing:
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list(root: Path, taken_for: str = "") -> Listing:
+    """The classes in `root`, a split that was found by its name if `taken_for` says which."""
     paths: list[Path] = []
     classes: list[str] = []
-    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        files = [
-            Path(place) / name
-            for place, _, names in os.walk(folder)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+    for folder in _visible(root):
+        files = []
+        for place, inner, names in os.walk(folder):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            files += [
+                Path(place) / name
+                for name in names
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+            ]
         if not files:
             raise ValueError(f"load_folder: {shown(folder)} holds no images; add some or remove the folder.")
         paths += sorted(files)
         classes += [folder.name] * len(files)
     if not paths:
-        raise ValueError(f"load_folder: {shown(root)} has no class folders; put the images of each class into its own.")
+        taken = f", taken for the {taken_for} split," if taken_for else ""
+        raise ValueError(
+            f"load_folder: {shown(root)}{taken} has no class folders; put the images of each class into its own."
+        )
     return Listing(paths, classes)
 
 
 def _without(listing: Listing, bad: dict[Path, str]) -> Listing:
     rows = [row for row, path in enumerate(listing.paths) if path not in bad]
     return Listing([listing.paths[row] for row in rows], [listing.classes[row] for row in rows])
+
+
+def _check_kept(path: Path, whole: dict[str, Listing], kept: dict[str, Listing]) -> None:
+    """Classes that had files must have kept some."""
+    for split, listing in whole.items():
+        lost = sorted(set(listing.classes) - set(kept[split].classes))
+        if lost:
+            raise ValueError(
+                f"load_folder: {split} of {shown(path)} has no readable image of {len(lost)} of its classes, "
+                f"{lost[0]!r} for one; add some or remove the folder."
+            )
 
 
 def _class_names(path: Path, listings: dict[str, Listing]) -> tuple[str, ...]:
