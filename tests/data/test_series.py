@@ -483,7 +483,7 @@ OWN = [  # arrays, message
     ({"x": X, "y": Y * 0 + 3}, r"has the same value \(3\) as every 'y'; pass labels that differ"),
     ({"x": X, "y": Y, "split": Y}, r"has a 'split' of shape \(12,\) with other values than 0 \(training\), 1"),
     ({"x": X, "y": Y, "split": Y[:3] * 0}, r"has a 'split' of shape \(3,\)"),
-    ({"x": X, "y": Y, "split": Y * 0}, "has a 'split' with 12 series for training and 0 for testing, but at least 2"),
+    ({"x": X, "y": Y, "split": Y * 0}, "has 12 samples for training and 0 for testing in its 'split', but at least 2"),
 ]
 
 

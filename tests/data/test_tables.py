@@ -245,3 +245,34 @@ def test_a_split_column_of_something_else_is_said(cell: str, message: str, tmp_p
     path.write_text("\n".join(["x,split,y", *(f"{i},{cell},{i}" for i in range(20))]) + "\n")
     with pytest.raises(ValueError, match=message):
         load_table("table", path, target="y")
+
+
+def test_the_split_column_is_known_in_any_case(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    lines = [f"{i},{('train', 'TEST')[i % 2]},{i}" for i in range(12)]
+    path.write_text("\n".join(["x,Split,y", *lines]) + "\n")
+    table = load_table("table", path, target="y")
+    assert table.feature_names == ("x",)
+    assert table.split is not None
+    assert table.split.tolist() == [0, 2] * 6
+    path.write_text("\n".join(["split,Split,y", *lines]) + "\n")
+    with pytest.raises(ValueError, match="has 'split' and 'Split', which both say the split; rename one of them"):
+        load_table("table", path, target="y")
+
+
+@pytest.mark.parametrize("word", ["N/A", "#N/A", "n/a", "None", "Null", "na"])
+def test_words_for_nothing_are_no_values(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["x,y", f"{word},0", *(f"{i},{i}" for i in range(1, 12))]) + "\n")
+    table = load_table("table", path, target="y", missing="mean")
+    assert table.feature_names == ("x",)
+    assert table.features[0, 0] == 6
+
+
+def test_a_word_among_numbers_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["x,y", "5%,0", *(f"{i},{i}" for i in range(1, 12))]) + "\n")
+    with pytest.raises(ValueError, match=r"has '5%' in 'x', row 2, where nearly all cells are numbers; write a number"):
+        load_table("table", path, target="y")
+    path.write_text("\n".join(["x,y", *(f"{'ab1'[i % 3]},{i}" for i in range(12))]) + "\n")
+    assert load_table("table", path, target="y").feature_names == ("x=1", "x=a", "x=b")

@@ -407,3 +407,16 @@ def test_years_of_all_works() -> None:
     assert got.labels.mean().item() == pytest.approx(1998.664332, abs=1e-6)
     assert (got.labels.min(), got.labels.max()) == (1990, 2012)
     assert got.inputs[1] == ("Auerbach, Frank. Michael. Etching on paper",)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
+def test_the_key_of_the_split_is_known_in_any_case(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    parts = ["Train", "test"] * 6
+    if name == "t.csv":
+        path.write_text("\n".join(["text,y,SPLIT", *(f"w{k},{k},{part}" for k, part in enumerate(parts))]) + "\n")
+    else:
+        path.write_text("".join(json.dumps({"text": f"w{k}", "y": k, "Split": p}) + "\n" for k, p in enumerate(parts)))
+    got = read_texts(path, target="y")
+    assert got.split is not None
+    assert got.split.tolist() == [0, 2] * 6

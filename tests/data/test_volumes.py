@@ -763,6 +763,19 @@ NPZ: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_one_npz_says_its_splits(tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    parts = [0] * 6 + [1, 1, 2, 2, 2, 2]
+    x, y = np.stack([volume(k) for k in range(12)]), np.arange(12.0)
+    np.savez(path, x=x, y=y, split=parts)
+    got = read_volume_npz(path)
+    assert got.split is not None
+    assert got.split.tolist() == parts
+    np.savez(path, x=x, y=y, split=["train"] * 12)
+    with pytest.raises(ValueError, match=r"has a 'split' of shape \(12,\) with other values than 0 \(training\)"):
+        read_volume_npz(path)
+
+
 @pytest.mark.parametrize(("arrays", "message"), NPZ)
 def test_what_is_wrong_with_an_npz_is_said(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     path = tmp_path / "s.npz"

@@ -19,7 +19,7 @@ from hardmix import _check
 from hardmix.data.decode import OR_SKIP, _opened, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, _try_all
 from hardmix.data.folder import SUFFIXES as PICTURE_SUFFIXES
-from hardmix.data.own_splits import SPLIT_COLUMN
+from hardmix.data.own_splits import is_split
 from hardmix.data.pairs import Pairs
 from hardmix.data.picture_folder import drawn, folder_and_table, inside, read_all, squared
 from hardmix.data.tables import _check_names, _listed, _Sheet, _text, split_column
@@ -323,7 +323,7 @@ def _image_column(where: str, folder: Path, sheet: _Sheet) -> str:
         cells = (cell for cell in _named(where, sheet, column) if os.path.splitext(cell)[1].lower() in PICTURE_SUFFIXES)
         return any((path := inside(folder, cell)) is not None and os.path.isfile(path) for cell in cells)
 
-    found = [column for column in sheet.names if column != SPLIT_COLUMN and names_one(column)]
+    found = [column for column in sheet.names if not is_split(column) and names_one(column)]
     if len(found) == 1:
         return found[0]
     if found:

@@ -29,7 +29,7 @@ from hardmix.data.folder import (
     split_folders,
 )
 from hardmix.data.images import FileImages, channel_statistics, check_channels
-from hardmix.data.own_splits import SPLIT_COLUMN
+from hardmix.data.own_splits import find_split
 from hardmix.data.picture_folder import inside
 from hardmix.data.splits import train_validation_split
 from hardmix.data.tables import _listed, _text
@@ -308,9 +308,10 @@ def _rows(where: str, table: Path) -> list[tuple[int, str, str]]:
         numbers.pop(0)
     if not cells:
         raise ValueError(f"{where} lists no file; write a file and its class in each row.")
-    if SPLIT_COLUMN in header:
+    split = find_split(where, header)
+    if split is not None:
         raise ValueError(
-            f"{where} has a column {SPLIT_COLUMN!r}, which isn't read; put the files of other splits into test/CLASS "
+            f"{where} has a column {split!r}, which isn't read; put the files of other splits into test/CLASS "
             "and val/CLASS, and delete their rows and the column."
         )
     width = len(cells[0])

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hardmix import _check
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION
 
-#: the column that says which split a row belongs to, and what it may say
+#: the column that says which split a row belongs to, in any case, and what it may say
 SPLIT_COLUMN = "split"
 SPLITS = {"train": TRAIN, "test": TEST} | dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION)
+
+
+def is_split(name: str) -> bool:
+    """Whether a column, or a key, of this name says which split a row belongs to."""
+    return name.strip().lower() == SPLIT_COLUMN
+
+
+def find_split(where: str, names: Iterable[str]) -> str | None:
+    """The name that `is_split`, if there is one.
+
+    Raises:
+        ValueError: there are two.
+    """
+    found = [name for name in names if is_split(name)]
+    if len(found) > 1:
+        raise ValueError(f"{where} has {found[0]!r} and {found[1]!r}, which both say the split; rename one of them.")
+    return found[0] if found else None
 
 
 def read_split(where: str, words: Sequence[str], numbers: Sequence[int], *, lines: bool = False) -> Tensor:
@@ -35,6 +53,22 @@ def read_split(where: str, words: Sequence[str], numbers: Sequence[int], *, line
             f"write train, validation or test, or rename the {column}."
         )
     return torch.tensor([SPLITS[word] for word in words], dtype=torch.uint8)
+
+
+def split_of_array(where: str, values: np.ndarray, rows: int, unit: str) -> Tensor:
+    """(N,) uint8 from an array of 0 (training), 1 (validation) and 2 (testing).
+
+    Raises:
+        ValueError: other values, another shape, or too few for training or testing.
+    """
+    if values.shape != (rows,) or not np.isin(values, (TRAIN, VALIDATION, TEST)).all():
+        raise ValueError(
+            f"{where} has a {SPLIT_COLUMN!r} of shape {values.shape} with other values than 0 (training), 1 "
+            f"(validation) and 2 (testing), or not one for each of {rows} {unit}; repair or delete it."
+        )
+    split = torch.from_numpy(values.astype(np.uint8))
+    check_split(where, split)
+    return split
 
 
 def check_split(where: str, split: Tensor | None) -> None:

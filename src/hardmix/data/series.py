@@ -18,6 +18,7 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
+from hardmix.data.own_splits import SPLIT_COLUMN, split_of_array
 from hardmix.data.tables import MIN_ROWS
 
 #: seed of the draw of fewer samples than a set has
@@ -239,7 +240,9 @@ def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples
         raise ValueError(f"{where} has {len(x)} series; pass at least {MIN_ROWS}.")
     series = _float32(where, "row", torch.from_numpy(x.astype(np.float64)), range(len(x)))
     labels = _finite(where, "row", torch.from_numpy(y.astype(np.float64)), range(len(x)))
-    split = _given_split(where, arrays["split"], len(x)) if "split" in arrays else None
+    split = None
+    if SPLIT_COLUMN in arrays:
+        split = split_of_array(where, arrays[SPLIT_COLUMN], len(x), "series")
     kept = _subset(who, path, torch.zeros(len(x), dtype=torch.uint8) if split is None else split, samples)
     ids = [f"row {row}" for row in kept.tolist()]
     chosen = _varied(where, target, labels[kept])
@@ -493,7 +496,7 @@ def _arrays(where: str, path: Path, inputs: str, target: str) -> dict[str, np.nd
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays.files)
-            got = {name: np.asarray(arrays[name]) for name in (inputs, target, "split") if name in names}
+            got = {name: np.asarray(arrays[name]) for name in (inputs, target, SPLIT_COLUMN) if name in names}
     except Exception as error:  # a damaged archive may raise anything
         if "allow_pickle" in str(error):
             raise ValueError(
@@ -509,22 +512,6 @@ def _arrays(where: str, path: Path, inputs: str, target: str) -> dict[str, np.nd
         if array.dtype.kind not in "iuf":
             raise ValueError(f"{where} has {name!r} of type {array.dtype}; save real numbers.")
     return got
-
-
-def _given_split(where: str, values: np.ndarray, rows: int) -> Tensor:
-    if values.shape != (rows,) or not np.isin(values, (TRAIN, VALIDATION, TEST)).all():
-        raise ValueError(
-            f"{where} has a 'split' of shape {values.shape} with other values than 0 (training), 1 (validation) and "
-            f"2 (testing), or not one for each of {rows} series; repair or delete it."
-        )
-    split = torch.from_numpy(values.astype(np.uint8))
-    trained, tested = (int((split == part).sum()) for part in (TRAIN, TEST))
-    if trained < 2 or tested < 2:
-        raise ValueError(
-            f"{where} has a 'split' with {trained} series for training and {tested} for testing, but at least 2 of "
-            "either are needed; repair or delete it."
-        )
-    return split
 
 
 def _float32(where: str, unit: str, values: Tensor, numbers: Sequence[int], *, missing: bool = False) -> Tensor:

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from hardmix import _check
 from hardmix.data.decode import reason, shown
-from hardmix.data.own_splits import SPLIT_COLUMN, check_split, read_split
+from hardmix.data.own_splits import SPLIT_COLUMN, check_split, find_split, is_split, read_split
 
 TABLES = ("diabetes", "table")
 #: what to do about missing cells
 MISSING = ("error", "mean", "drop")
 
 #: cells that say that there is no value; NaN counts in any spelling, since `float` would take it for a number
-NO_VALUE = frozenset(("", "NA", "?", "null", "NULL"))
+NO_VALUE = frozenset(("", "?", "na", "n/a", "#n/a", "#na", "<na>", "null", "none", "nan", "+nan", "-nan"))
+#: of the values of a column, which share may be words before it can't be one of numbers with mistakes in it
+FEW_WORDS = 0.1
 #: more values than these make a column of words an id or a free text, not a feature
 MAX_VALUES = 50
 MIN_ROWS = 10
@@ -69,8 +71,9 @@ def load_table(
     """A table by name, or from a file with a header row.
 
     A column that holds a number in every row is a feature. Any other column is categorical and becomes one 0/1 column
-    for each of its values, sorted and called `name=value`. A column "split" is no feature: it says train, validation
-    (or val) or test in every row. Cells are missing if they are empty, NA, NaN, ? or null.
+    for each of its values, sorted and called `name=value`; one in which up to a tenth are no numbers is refused. A
+    column "split", in any case, is no feature: it says train, validation (or val) or test in every row. Cells are
+    missing if they are empty, NA, N/A, #N/A, NaN, None, null or ?, in any case.
 
     Args:
         name: "diabetes", the 442 patients of scikit-learn in their raw units, or "table", the file at `path`.
@@ -119,13 +122,13 @@ def load_table(
             "pass another target."
         )
     rows = [sheet.numbers[row] for row in keep]
-    split = None if target == SPLIT_COLUMN else split_column(where, sheet)
+    split = None if is_split(target) else split_column(where, sheet)
     split = None if split is None else split[keep]
     check_split(where, split)
     names: list[str] = []
     columns: list[Tensor] = []
     for position, column in enumerate(sheet.names):
-        if column not in (target, SPLIT_COLUMN):
+        if column != target and not is_split(column):
             more, values = _feature(where, column, [sheet.rows[row][position] for row in keep], rows)
             names += more
             columns += values
@@ -136,9 +139,10 @@ def load_table(
 
 def split_column(where: str, sheet: _Sheet) -> Tensor | None:
     """(R,) uint8 from the column "split" of a table, or None without one."""
-    if SPLIT_COLUMN not in sheet.names:
+    name = find_split(where, sheet.names)
+    if name is None:
         return None
-    position = sheet.names.index(SPLIT_COLUMN)
+    position = sheet.names.index(name)
     return read_split(where, [row[position] for row in sheet.rows], sheet.numbers)
 
 
@@ -350,6 +354,12 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
             f"{where} has numbers with a decimal comma in {column!r}, row {rows[words[0]]} ({cells[words[0]]!r:.40}); "
             "write them with a point."
         )
+    present = [number for number in numbers if number is not None]
+    if words and len(words) <= FEW_WORDS * (len(words) + len(present)) and len(set(present)) > 2:
+        raise ValueError(
+            f"{where} has {cells[words[0]]!r:.40} in {column!r}, row {rows[words[0]]}, where nearly all cells are "
+            "numbers; write a number, leave the cell empty, or make words of all of them."
+        )
     if words:
         filled = ["missing" if _is_missing(cell) else cell for cell in cells]
         values = sorted(set(filled))
@@ -361,7 +371,6 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
             )
         ids = torch.tensor([values.index(cell) for cell in filled])
         return [f"{column}={value}" for value in values], [(ids == k).double() for k in range(len(values))]
-    present = [number for number in numbers if number is not None]
     if not present:
         raise ValueError(f"{where} has no value at all in {column!r}; delete the column.")
     exact = torch.tensor([math.nan if number is None else number for number in numbers], dtype=torch.float64)
@@ -375,7 +384,7 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
 
 
 def _is_missing(cell: str) -> bool:
-    return cell in NO_VALUE or cell.lstrip("+-").lower() == "nan"
+    return cell.lower() in NO_VALUE
 
 
 def _number(cell: str) -> float | None:

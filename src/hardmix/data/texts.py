@@ -23,7 +23,7 @@ from hardmix import _check
 from hardmix.data import tables
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
-from hardmix.data.own_splits import SPLIT_COLUMN, check_split, read_split
+from hardmix.data.own_splits import check_split, find_split, read_split
 
 #: the files of STS-B-DIR: the pairs that each one has, and their split
 STS_FILES = {"train": (5_249, TRAIN), "dev": (1_000, VALIDATION), "test": (1_000, TEST)}
@@ -370,8 +370,9 @@ def _json_lines(where: str, path: Path, names: list[str]) -> _Samples:
         texts.append([_text(where, number, name, item[name]) for name in names[:-1]])
         labels.append(_label(where, number, names[-1], item[names[-1]]))
         numbers.append(number)
-        parts.append(str(item.get(SPLIT_COLUMN) or ""))
-    split = parts if SPLIT_COLUMN not in names and any(parts) else None
+        key = find_split(f"{where}, line {number},", (key for key in item if key not in names))
+        parts.append("" if key is None else str(item[key] or ""))
+    split = parts if any(parts) else None
     return texts, torch.tensor(labels, dtype=torch.float64), numbers, split
 
 
@@ -410,7 +411,6 @@ def _sheet(where: str, path: Path, names: list[str]) -> _Samples:
             raise ValueError(f"{where} has no column {name!r}; pass one of {listed}{near}.")
     at = [sheet.names.index(name) for name in names[:-1]]
     texts = [[row[column] for column in at] for row in sheet.rows]
-    split = None
-    if SPLIT_COLUMN in sheet.names and SPLIT_COLUMN not in names:
-        split = [row[sheet.names.index(SPLIT_COLUMN)] for row in sheet.rows]
+    column = find_split(where, (name for name in sheet.names if name not in names))
+    split = None if column is None else [row[sheet.names.index(column)] for row in sheet.rows]
     return texts, tables._labels(where, sheet, names[-1]), sheet.numbers, split

@@ -22,7 +22,7 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import in_threads, reason, shown
 from hardmix.data.numbers import Numbers
-from hardmix.data.own_splits import SPLIT_COLUMN, check_split
+from hardmix.data.own_splits import SPLIT_COLUMN, check_split, is_split, split_of_array
 from hardmix.data.picture_folder import checked, folder_and_table
 from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text, split_column
 
@@ -104,6 +104,8 @@ def read_volume_table(
 def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: int = 0) -> Numbers:
     """One .npz file with the array x, (N, D, H, W) or (N, C, D, H, W), and the numbers (N,) in the array `target`.
 
+    An array "split" (N,) of 0, 1 and 2 says which volumes are for training, validation and testing.
+
     Args:
         path: the file, as `numpy.savez` or `numpy.savez_compressed` writes it.
         target: the name of the array with the numbers.
@@ -122,7 +124,7 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     if not file.is_file():
         raise FileNotFoundError(f"{who}: path is {shown(file)}, which is no file; pass an .npz file.")
     where = f"{who}: {shown(file)}"
-    arrays = _open_npz(where, file, ("x", target), most=MOST)
+    arrays = _open_npz(where, file, ("x", target, SPLIT_COLUMN), most=MOST)
     missing = [name for name in ("x", target) if name not in arrays]
     if missing:
         held = _listed(map(repr, arrays), 20) or "nothing"
@@ -137,6 +139,8 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
         )
     if len(x) < MIN_ROWS:
         raise ValueError(f"{where} has {len(x)} volumes; pass at least {MIN_ROWS}.")
+    given = None if target == SPLIT_COLUMN else arrays.get(SPLIT_COLUMN)
+    split = None if given is None else split_of_array(where, given, len(x), "volumes")
     labels = torch.from_numpy(y.astype(np.float64))
     for name, values in (("x", x), (target, labels)):
         if values.is_floating_point():
@@ -149,7 +153,7 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     x = x if x.ndim == 5 else x[:, None]
     if size:
         x = torch.stack([resample(volume, size) for volume in x])
-    return checked(who, Numbers(x, labels, "volumes", target, "volumes", "yours", str(file)))
+    return checked(who, Numbers(x, labels, "volumes", target, "volumes", "yours", str(file), split=split))
 
 
 def read_nifti(path: Path, who: str = "read_nifti") -> Scan:
@@ -208,7 +212,7 @@ def resample(volume: Tensor, size: int) -> Tensor:
 
 
 def _file_column(where: str, names: Sequence[str], target: str, given: str) -> str:
-    others = [name for name in names if name not in (target, SPLIT_COLUMN)]
+    others = [name for name in names if name != target and not is_split(name)]
     if given:
         if given not in others:
             near = _check.did_you_mean(given, others)
