@@ -173,7 +173,9 @@ def evaluate(
     robustness: Annotated[
         bool, typer.Option("--robustness", help="Also occluded, attacked, corrupted and mixed images, and calibration.")
     ] = False,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that --robustness changes.")] = 1500,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Images that --robustness changes; default 1500.")
+    ] = None,
     task: Annotated[
         str,
         typer.Option(
@@ -192,12 +194,16 @@ def evaluate(
     run by run.
     """
     if robustness:
+        if task:
+            raise ValueError("--task is for one measure and --robustness for others; leave out one of the two.")
         _evaluate_robustness(run_folder, checkpoint, data_path, samples)
         return
-    from hardmix.train.evaluate import evaluate_run
+    if samples is not None:
+        raise ValueError("--samples belongs to --robustness; add that or leave it out.")
+    from hardmix.train.evaluate import chosen_checkpoint, evaluate_run
 
     _is_run(run_folder)
-    checkpoint = checkpoint or _recipes_choice(run_folder)
+    checkpoint = checkpoint or chosen_checkpoint(run_folder)
     if task:
         from hardmix.train.pair_eval import pair_tables
 
@@ -487,26 +493,22 @@ def _is_run(folder: Path) -> None:
         )
 
 
-def _recipes_choice(folder: Path) -> str:
-    from hardmix.train.recipe import load_recipe
-
-    return load_recipe(str(folder / "recipe.toml")).eval.checkpoint
-
-
-def _evaluate_robustness(folder: Path, checkpoint: str | None, data_path: str, samples: int) -> None:
+def _evaluate_robustness(folder: Path, checkpoint: str | None, data_path: str, samples: int | None) -> None:
     from hardmix.report.page import write_comparison_report, write_run_report
-    from hardmix.train.robustness import comparison_rows, robustness_of_comparison, robustness_of_run, rows
+    from hardmix.train.evaluate import chosen_checkpoint
+    from hardmix.train.robustness import SAMPLES, comparison_rows, robustness_of_comparison, robustness_of_run, rows
 
     heads: Sequence[str]
     lines: Sequence[Sequence[str]]
+    samples = samples or SAMPLES
     if (folder / "comparison.json").is_file():
         if checkpoint is not None:
-            raise ValueError("a comparison is measured at the last checkpoints; leave out --checkpoint.")
+            raise ValueError("a comparison is measured at the checkpoints of its recipes; leave out --checkpoint.")
         heads, lines = comparison_rows(robustness_of_comparison(folder, data_path, samples=samples))
         page = write_comparison_report(folder)
     else:
         _is_run(folder)
-        checkpoint = checkpoint or _recipes_choice(folder)
+        checkpoint = checkpoint or chosen_checkpoint(folder)
         heads = ("measure", "over", "values")
         lines = rows(robustness_of_run(folder, checkpoint, data_path, samples=samples))
         page = write_run_report(folder)

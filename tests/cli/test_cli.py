@@ -74,6 +74,14 @@ def test_run_eval_report_and_resume(cli, tmp_path):
     assert "occlusion" in out.lower()
     assert "How well it holds up" in (tmp_path / "mine/report.html").read_text()
 
+    for options, message in (
+        (("--robustness", "--task", "retrieval"), "--task is for one measure and --robustness for others; leave out"),
+        (("--samples", "60"), "--samples belongs to --robustness; add that or leave it out"),
+    ):
+        code, _, err = cli("eval", "mine", *options)
+        assert code == 2
+        assert message in err
+
     (tmp_path / "mine/report.html").unlink()
     assert cli("report", "mine")[0] == 0
     assert (tmp_path / "mine/report.html").is_file()

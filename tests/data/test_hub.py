@@ -80,6 +80,14 @@ def test_other_label_columns(tmp_path: Path) -> None:
     assert read_table_set(tmp_path, SHAPE, NAMES)[1].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_labels_follow_the_names_of_the_file(tmp_path: Path, form: str) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 4)], form, names=NAMES[::-1])
+    _, train, _, test = read_table_set(tmp_path, SHAPE, NAMES)
+    assert train.tolist() == test.tolist() == [2, 1, 0, 2]
+
+
 def without_bytes() -> dict[str, Any]:
     values = rows(0, 3)
     values["img"][1] = {"bytes": None, "path": "/etc/passwd"}

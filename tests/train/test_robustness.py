@@ -285,6 +285,24 @@ def test_bad_inputs_are_named(mixed, call, error, text):
         call(mixed)
 
 
+def test_a_comparison_measures_what_its_recipes_choose(comparison, tmp_path, monkeypatch):
+    shutil.copytree(comparison, tmp_path / "two", ignore=shutil.ignore_patterns(robustness.FILE))
+    for seed in (0, 1):
+        file = tmp_path / "two" / "mix" / f"seed-{seed}" / "recipe.toml"
+        text = file.read_text()
+        assert text.count('checkpoint = "last"') == 1
+        file.write_text(text.replace('checkpoint = "last"', 'checkpoint = "best"'))
+    asked, measure = [], robustness_of_run
+
+    def record(folder, checkpoint, *rest, **options):
+        asked.append((folder.parent.name, checkpoint))
+        return measure(folder, checkpoint, *rest, **options)
+
+    monkeypatch.setattr(robustness, "robustness_of_run", record)
+    robustness_of_comparison(tmp_path / "two", samples=20)
+    assert set(asked) == {("plain", "last"), ("mix", "best")}
+
+
 def test_a_comparison_reads_only_its_own_folders(comparison, tmp_path):
     for runs, text in (
         ([{"name": "a", "seed": 0, "folder": str(comparison / "mix" / "seed-0")}], "which is outside"),

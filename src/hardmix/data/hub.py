@@ -44,7 +44,8 @@ def read_table_set(
 
     Args:
         shape: what every image has to have; gray files are read for one channel.
-        class_names: the set's own; names in the files must be as many.
+        class_names: the set's own; names in the files must be as many. Where they are the same in another order, labels
+            are counted as here.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -120,6 +121,11 @@ def _pixels(table: Table, shape: tuple[int, int, int], class_names: tuple[str, .
         raise ValueError(
             f"{where} has {len(table.class_names)} classes instead of {len(class_names)}; pass another path."
         )
+    number = list(range(len(class_names)))
+    if table.class_names is not None and sorted(table.class_names) == sorted(class_names):
+        number = [
+            class_names.index(name) for name in table.class_names
+        ]  # a file may count its classes in another order
     for row, label in enumerate(table.labels):
         if type(label) is not int or not 0 <= label < len(class_names):
             raise ValueError(
@@ -137,4 +143,5 @@ def _pixels(table: Table, shape: tuple[int, int, int], class_names: tuple[str, .
             raise ValueError(f"{where} has an image of {tuple(pixels.shape)} at row {row}; this set's are {shape}.")
         return pixels
 
-    return torch.stack(list(in_threads(decode, range(len(table.images))))), torch.tensor(table.labels, dtype=torch.long)
+    pixels = torch.stack(list(in_threads(decode, range(len(table.images)))))
+    return pixels, torch.tensor([number[label] for label in table.labels])

@@ -61,6 +61,11 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
     return LoadedRun(task, task.to(device).model.eval(), device, saved.state["step"])
 
 
+def chosen_checkpoint(folder: Path) -> str:
+    """Which checkpoint the recipe of a run is measured at: "last" or "best"."""
+    return load_recipe(str(folder / "recipe.toml")).eval.checkpoint
+
+
 def evaluate_run(folder: Path, which: str = "last", data_path: str = "") -> dict[str, Any]:
     """Test metrics of a run folder's checkpoint. Arguments as for `load_run`.
 

@@ -56,7 +56,7 @@ from hardmix.metrics.robustness import (
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
 from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.target import MixedTarget
-from hardmix.train.evaluate import LoadedRun, load_run
+from hardmix.train.evaluate import LoadedRun, chosen_checkpoint, load_run
 from hardmix.train.files import write_json
 from hardmix.train.schedule import Schedule
 from hardmix.train.seeds import derive, generator
@@ -169,7 +169,9 @@ def robustness_of_run(
 def robustness_of_comparison(
     folder: Path, data_path: str = "", *, samples: int = SAMPLES, watch: Watch | None = None
 ) -> dict[str, Any]:
-    """Measure every run of a comparison at its last checkpoint, and write means with intervals into its folder.
+    """Measure every run of a comparison, and write means with intervals into its folder.
+
+    A run is measured at the checkpoint that its recipe chooses, as the comparison's own table is.
 
     Runs that were measured already (same checkpoint, same samples) are kept, so the same call goes on after an
     interruption.
@@ -191,7 +193,7 @@ def robustness_of_comparison(
             )
         if watch is not None:
             watch(number, len(entries), f"{entry['name']} seed {entry['seed']}")
-        measured = robustness_of_run(place, "last", data_path, samples=samples, keep=True)
+        measured = robustness_of_run(place, chosen_checkpoint(place), data_path, samples=samples, keep=True)
         results.setdefault(entry["name"], {})[entry["seed"]] = measured
     seeds = sorted(set.intersection(*(set(runs) for runs in results.values())))
     if not seeds:
