@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from hardmix.distributed import leave
 from hardmix.mixing import (
     AdAutoMix,
+    AlignMix,
     AttentiveMix,
     AutoMix,
     CoMixup,
+    CutMix,
     GuidedMix,
+    MergeMix,
     Policy,
     PuzzleMix,
     RandomChoice,
@@ -29,6 +36,7 @@ from hardmix.mixing import (
     TransMix,
 )
 from hardmix.mixing.asking import AskingPolicy
+from hardmix.mixing.gradients import without_ddp
 from mixing.cases import rng
 from mixing.vits import tiny_vit
 
@@ -162,3 +170,52 @@ def test_combinations_attach_and_disarm_what_they_hold() -> None:
     mix.disarm()
     with pytest.raises(RuntimeError, match="SUMix: relabel has no batch"):
         mix.relabel(torch.zeros(4, 4), None)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    leave()
+
+
+HOOKED: dict[str, Callable[[nn.Module], Policy]] = {
+    "sumix": lambda model: SUMix(model, CutMix()),
+    "alignmix": lambda model: AlignMix(model, include_input=False),
+    "smmix": SMMix,
+    "mergemix": MergeMix,
+}
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", [*ALL, *HOOKED])
+def test_of_a_distributed_model_the_module_inside_is_asked(name: str) -> None:
+    """A forward of the wrapper would wait for ranks that have drawn another policy, or are done with their search."""
+    net = tiny_vit() if name in ("smmix", "mergemix") else Net()
+    wrapped = DistributedDataParallel(net)
+    forwards: list[nn.Module] = []
+    net.register_forward_pre_hook(lambda module, args: forwards.append(module))
+    wrapped.register_forward_pre_hook(lambda module, args: pytest.fail("the wrapper was run"))
+    policy = (ALL | HOOKED)[name](wrapped)
+    x = X if isinstance(net, Net) else torch.rand(4, 3, 32, 32, generator=rng())
+    policy(x, Y, generator=rng(1))
+    if name not in ("sumix", "smmix"):  # whose losses follow a training forward
+        policy.loss(lambda logits, target: logits.mean())
+    assert forwards
+    if name in ALL:
+        assert policy.asked is net
+    if name == "snapmix":
+        assert policy.head == "3"
+        policy.attach(wrapped)
+        assert policy.asked is net
+
+
+@pytest.mark.usefixtures("group")
+def test_the_module_inside_is_found_behind_the_compiler() -> None:
+    net = Net()
+    assert without_ddp(net) is net
+    assert without_ddp(torch.compile(DistributedDataParallel(net))) is net
+    compiled = torch.compile(net)
+    assert without_ddp(compiled) is compiled
+    assert without_ddp(DistributedDataParallel(compiled)) is compiled

@@ -14,7 +14,7 @@ from hardmix import _check
 from hardmix._math import wide
 from hardmix.kernels.sinkhorn import sinkhorn
 from hardmix.mixing.draw import LabelPairing, Pairing, move, uniform
-from hardmix.mixing.gradients import model_input, undisturbed
+from hardmix.mixing.gradients import model_input, undisturbed, without_ddp
 from hardmix.mixing.hidden import ManifoldMixup
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -83,6 +83,7 @@ class AlignMix(ManifoldMixup):
         if self.layers != ("",):
             super().attach(model)
             return
+        model = without_ddp(model)
         self._put_hooks(model, ())
         self._state.model = weakref.ref(model)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hardmix.mixing.draw import LabelPairing
-from hardmix.mixing.gradients import check_model
+from hardmix.mixing.gradients import check_model, without_ddp
 from hardmix.mixing.policy import Policy
 
 
@@ -47,7 +47,8 @@ class AskingPolicy(Policy):
     it: of `copy.deepcopy([model, policy])` the second asks the first. A module that holds both registers the model
     first, or its copy needs `attach`. A pickle of the policy holds the model, so that an
     unpickled one asks a model of its own; `pickle.dumps([model, policy])` keeps the two together. `attach` names
-    another model.
+    another model. Of a DistributedDataParallel the module inside is asked, so that ranks don't wait for each other, and
+    names of layers are those in it.
     """
 
     #: whether None may stand for a model
@@ -75,7 +76,7 @@ class AskingPolicy(Policy):
 
     def attach(self, model: nn.Module) -> None:
         """Ask `model` from now on."""
-        self._asked = Asked(check_model(type(self).__name__, model), pickled=self.pickles_model)
+        self._asked = Asked(without_ddp(check_model(type(self).__name__, model)), pickled=self.pickles_model)
 
     def _model(self) -> nn.Module:
         """The model of a policy that can't do without."""

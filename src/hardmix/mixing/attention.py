@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hardmix import _check
 from hardmix.mixing.attention_reader import Attention, is_attention, read_attention
-from hardmix.mixing.gradients import check_model, model_input, undisturbed
+from hardmix.mixing.gradients import check_model, model_input, undisturbed, without_ddp
 from hardmix.mixing.hidden import WeakHook, find_module, outside_graphs
 
 #: Tokens that may stand before the patches, the likeliest first: a class token, none, one of distillation, registers.
@@ -60,7 +60,8 @@ class AttentionTap:
 
     Args:
         model: the model, or the part of it that holds the blocks. It may be wrapped later (DistributedDataParallel,
-            torch.compile), or be compiled already. It is no submodule of anything.
+            torch.compile), or be compiled already; of a DistributedDataParallel `measure` runs the module inside. It is
+            no submodule of anything.
         layer: name of the one attention module to read, as in `model.named_modules()`.
         every: whether to read every block; what `take` gives is then in the order in which they run.
         patch: side of a patch in pixels. None takes it from the first `Conv2d` whose stride is its kernel, or else from
@@ -207,7 +208,7 @@ class AttentionTap:
         Dropout, batch statistics, gradients and the random state are as before, and modes are put back. `x` is given in
         the dtype of the model's parameters, or under `autocast`.
         """
-        model = self.model
+        model = without_ddp(self.model)
         x = model_input(self.who, model, x)
         low = torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
         with undisturbed(model, batch_statistics=False), torch.no_grad(), low, _uncompiled(model):

@@ -10,7 +10,7 @@ from hardmix import _check
 from hardmix._math import CPU, wide
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, move
-from hardmix.mixing.gradients import check_layer, check_model, hidden_map
+from hardmix.mixing.gradients import check_layer, check_model, hidden_map, without_ddp
 from hardmix.mixing.plan import MixPlan
 
 
@@ -75,7 +75,8 @@ class AttentiveMix(AskingPolicy):
 
     def attach(self, model: nn.Module) -> None:
         """Ask `model` from now on, which has a layer of this name."""
-        check_layer("AttentiveMix", "layer", check_model("AttentiveMix", model), self.layer)
+        model = without_ddp(check_model("AttentiveMix", model))
+        check_layer("AttentiveMix", "layer", model, self.layer)
         super().attach(model)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:

@@ -140,6 +140,15 @@ def check_model(who: str, model: object) -> nn.Module:
     return model
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, compiled or not; of other models the model itself.
+
+    A forward of the wrapper waits for the other ranks, which may ask less often or at another time.
+    """
+    inside = getattr(model, "_orig_mod", model)
+    return inside.module if isinstance(inside, nn.parallel.DistributedDataParallel) else model
+
+
 def check_layer(who: str, argument: str, model: nn.Module, name: object) -> str:
     """The name of a submodule, or "" for the one that is looked for."""
     if not isinstance(name, str):

@@ -183,7 +183,7 @@ class LearnedPolicy(AskingPolicy):
             raise TypeError(f"{who}: layer is {layer!r}; pass the name of a submodule, or an empty string.")
         self._progress = 0.0
         self._pending: Any = None
-        self.teacher = Teacher(who, model, layer, input_shape)
+        self.teacher = Teacher(who, self._model(), layer, input_shape)
 
     def extra_repr(self) -> str:
         return (

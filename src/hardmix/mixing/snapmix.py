@@ -11,7 +11,7 @@ from hardmix._math import wide
 from hardmix.kernels.blend import box_mask
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, move, uniform
-from hardmix.mixing.gradients import check_layer, check_model, hidden_map
+from hardmix.mixing.gradients import check_layer, check_model, hidden_map, without_ddp
 from hardmix.mixing.plan import MixPlan, full_box_share
 from hardmix.mixing.static import cut_box, cut_side, whole_pixels
 from hardmix.mixing.target import MixedTarget
@@ -69,6 +69,7 @@ class SnapMix(AskingPolicy):
     ) -> None:
         super().__init__(model, alpha=alpha, per=per, pairing=pairing)
         who = "SnapMix"
+        model = self._model()
         self.layer, self.head = layer, check_layer(who, "head", model, head) or _last_linear(model)
         self.attach(model)
 
@@ -77,7 +78,8 @@ class SnapMix(AskingPolicy):
 
     def attach(self, model: nn.Module) -> None:
         """Read `model` from now on, which has a layer and a head of these names."""
-        check_layer("SnapMix", "layer", check_model("SnapMix", model), self.layer)
+        model = without_ddp(check_model("SnapMix", model))
+        check_layer("SnapMix", "layer", model, self.layer)
         check_layer("SnapMix", "head", model, self.head)
         if not isinstance(model.get_submodule(self.head), nn.Linear):
             kind = type(model.get_submodule(self.head)).__name__

@@ -14,7 +14,7 @@ from hardmix import _check
 from hardmix._math import wide
 from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing
-from hardmix.mixing.gradients import check_model, model_input, undisturbed
+from hardmix.mixing.gradients import check_model, model_input, undisturbed, without_ddp
 from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
@@ -38,7 +38,8 @@ class SUMix(Policy):
 
     Args:
         model: what is trained, (N, ...) -> logits (N, C). It gets the clean batch in a forward of its own, without a
-            gradient; see `hardmix.mixing.gradients.undisturbed`. It is not kept in the policy's state_dict.
+            gradient; see `hardmix.mixing.gradients.undisturbed`. It is not kept in the policy's state_dict. Of a
+            DistributedDataParallel the module inside is asked.
         policy: what mixes. It may be any that only plans and blends, RandomChoice and Scheduled included.
         weight: of the uncertainty term. 0: no term and no parameters.
         scale: s. 0 leaves the shares as they are; below 0 they go the other way, see below.
@@ -94,6 +95,7 @@ class SUMix(Policy):
     def _put_hook(self, model: nn.Module) -> None:
         check_model("SUMix", model)
         layer = self._classifier(model) if self.weight else None
+        model = without_ddp(model)
         self.detach()
         self._state.model = (model,)
         if layer is not None:

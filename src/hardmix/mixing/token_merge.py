@@ -17,7 +17,7 @@ from hardmix.mixing.attention_policy import AttentionPolicy, logits_of, pixel_sh
 from hardmix.mixing.attention_reader import SOFTMAX, Attention, of_fused
 from hardmix.mixing.draw import Pairing, move
 from hardmix.mixing.field import largest
-from hardmix.mixing.gradients import model_input
+from hardmix.mixing.gradients import model_input, without_ddp
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.static import Mixup
 from hardmix.mixing.target import MixedTarget
@@ -135,7 +135,7 @@ class MergeMix(AttentionPolicy):
         if self._base is None:
             return None
         (x, plan, target), self._base = self._base, None
-        model = self.tap.model
+        model = without_ddp(self.tap.model)
         logits = model(model_input("MergeMix", model, plan.blend(x)))
         return self.mixup * criterion(logits_of("MergeMix", logits), target)
 
