@@ -144,6 +144,17 @@ def test_ties_and_queries_of_zero_find_nothing() -> None:
     image, text = torch.eye(2)[[0, 0, 0, 1, 1, 0, 1]], torch.tensor([[1.0, 0.0], [-1.0, 0.0]] + [[1.0, 0.0]] * 5)
     assert arithmetic_queries(image, text, relations, 0.5).tolist() == [[0.0, 0.0]]
     assert arithmetic_metrics(image, text, relations, scale=0.5)["recall_5"] == 0.0
+    rows = torch.randn(1, 513, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(1001, 1)
+    asked = torch.tensor([[0, 1, 2, row] for row in range(900, 1001)])
+    assert arithmetic_metrics(rows, rows, asked, ks=(999,))["recall_999"] == 0.0  # however products are rounded
+
+
+def test_autocast_changes_nothing() -> None:
+    image, text, relations = made(0, 40, 60)
+    image, text = image.float(), text.float()
+    found = arithmetic_metrics(image, text, relations, ks=range(1, 30))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert arithmetic_metrics(image, text, relations, ks=range(1, 30)) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -119,6 +119,13 @@ def test_equal_features_are_as_right_as_they_are_sure() -> None:
     assert fit_query_temperature(same.double(), same.double(), 100.0) == 1.0
 
 
+def test_autocast_changes_nothing() -> None:
+    x, y, own, other = (part.float() if part.is_floating_point() else part for part in made(0, 30, 30, 20))
+    found = query_calibration(x, y, 100.0, query_ids=own, candidate_ids=other)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert query_calibration(x, y, 100.0, query_ids=own, candidate_ids=other) == found
+
+
 def test_a_small_nll_keeps_its_digits() -> None:
     """About e^-14, which the difference of two logits of 14 has not in float32."""
     x = torch.eye(2)

@@ -127,6 +127,26 @@ def test_ties_count_against_the_query() -> None:
     assert retrieval_ranks(two, torch.eye(3)).tolist() == [1, 3, 1]  # the second one has only ties and itself left
 
 
+@pytest.mark.parametrize(("dtype", "queries", "rows"), [(torch.float32, 1, 5), (torch.float64, 1001, 1001)])
+def test_equal_features_are_ties_however_their_products_are_rounded(
+    dtype: torch.dtype, queries: int, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = torch.randn(1, 513, dtype=dtype, generator=generator).repeat(rows, 1)
+    ids = torch.arange(rows)
+    for asked in (same[:queries], torch.randn(queries, 513, dtype=dtype, generator=generator)):
+        assert (retrieval_ranks(asked, same, query_ids=ids[:queries], candidate_ids=ids) == rows).all()
+    apart = torch.stack([torch.ones(2, dtype=dtype), torch.tensor([1.0, 1.01], dtype=dtype)])
+    assert retrieval_ranks(apart, apart).tolist() == [1, 1]  # a hundredth of a radian is no tie
+
+
+def test_autocast_changes_nothing() -> None:
+    x, y, own, other = (part.float() if part.is_floating_point() else part for part in made(0, 60, 60, 40))
+    found = retrieval_metrics(x, y, image_ids=own, text_ids=other)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert retrieval_metrics(x, y, image_ids=own, text_ids=other) == found
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype_and_the_extremes(dtype: torch.dtype) -> None:
     x = torch.eye(6, dtype=dtype) + 0.25

@@ -159,6 +159,8 @@ def test_the_direct_relationship_equals_the_slow_loop() -> None:
     assert got.sum(1).tolist() == pytest.approx([1.0] * 3)
     assert category_relationship(probs.float(), y.int(), 3).dtype == torch.float32
     torch.testing.assert_close(category_relationship(probs.float(), y, 3), got.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(category_relationship(probs.float(), y, 3), got.float())
 
 
 def test_a_class_without_a_sample_gets_the_mean_of_all() -> None:

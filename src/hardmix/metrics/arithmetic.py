@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hardmix import _check
 from hardmix._math import unit
-from hardmix.metrics.retrieval import BLOCK, _sides
+from hardmix.metrics.retrieval import BLOCK, _sides, as_near, cosines
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 2.5)
 
@@ -62,8 +62,9 @@ def arithmetic_metrics(
         recall_k = mean_q [rank_q <= k],     chance_k = mean_q min(k, M_q) / M_q
 
     with M_q candidates, c itself left out. The pictures a and b stay among them: to answer b, the very picture whose
-    text was added, is a mistake that counts. Ties count against the query. Compare with scale=0, the nearest picture
-    without any text: where d looks much like c, as a man and a woman of one profession do, that alone finds many.
+    text was added, is a mistake that counts. Ties count against the query, as in `retrieval_ranks`. Compare with
+    scale=0, the nearest picture without any text: where d looks much like c, as a man and a woman of one profession do,
+    that alone finds many.
 
     Args:
         image_features, text_features: (K, D), row i of both is a pair, of any length but zero, on the same device.
@@ -215,12 +216,12 @@ def _ranks(queries: Tensor, images: Tensor, relations: Tensor, candidates: Tenso
     """(Q,) long on the CPU: among the candidates other than c, the place of d."""
     place = torch.empty(len(images), dtype=torch.long, device=images.device)
     place[candidates] = torch.arange(len(candidates), device=images.device)
-    pool, start_from, answer = images[candidates].T, relations[:, 2], place[relations[:, 3]]
+    pool, start_from, answer = images[candidates], relations[:, 2], place[relations[:, 3]]
     ranks = torch.empty_like(answer)
     step = max(1, BLOCK // len(candidates))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        cosines = queries[rows] @ pool  # (B, M)
-        near = cosines >= cosines.gather(1, answer[rows, None])  # d is as near as itself, hence counted
+        cos = cosines(queries[rows], pool)  # (B, M)
+        near = as_near(cos, cos.gather(1, answer[rows, None]))  # d is as near as itself, hence counted
         ranks[rows] = (near & (start_from[rows, None] != candidates)).sum(1)
     return ranks.cpu()

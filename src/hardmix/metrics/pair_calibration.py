@@ -15,7 +15,7 @@ from hardmix import _check
 from hardmix.losses.clip import one_number
 from hardmix.metrics.calibration import best_temperature
 from hardmix.metrics.classification import _calibration_error, _diagram
-from hardmix.metrics.retrieval import BLOCK, _sides, _something_to_find
+from hardmix.metrics.retrieval import BLOCK, _sides, _something_to_find, cosines
 
 
 def retrieval_calibration(
@@ -89,8 +89,8 @@ def query_calibration(
 
     Returns:
         dict with ece, from 0 to 1, nll in nats, and bins, in the form of `reliability`: lists of B entries "confidence"
-        and "accuracy" (None where empty) and "count". Among equally near candidates one is found; features that are
-        all the same are 1 / M sure and 1 / M right.
+        and "accuracy" (None where empty) and "count". Among equally near candidates one is found, whichever rounding
+        leaves ahead; features that are all the same are 1 / M sure and right by chance.
 
     Raises:
         ValueError: sizes disagree, NaN, infinity or a row of zeros, a scale that is not positive, or a query without a
@@ -190,7 +190,7 @@ def _logits(
     step = max(1, BLOCK // len(candidates))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        z = (queries[rows] @ candidates.T).mul_(scale)
+        z = cosines(queries[rows], candidates).mul_(scale)
         belong = own[rows, None] == other
         right = torch.where(belong, z, 0.0).sum(1) / belong.sum(1)
         yield rows, z.sub_(right[:, None]), belong

@@ -16,6 +16,8 @@ from hardmix import _check
 
 #: cosines that are in memory at a time
 BLOCK = 2**20
+#: cosines no farther apart are a tie: in which order a sum is formed can make that of equal ones, up to 4,096 features
+TIE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
 def retrieval_metrics(
@@ -81,8 +83,9 @@ def retrieval_ranks(
 
         rank_q = 1 + #{wrong c: cos(q, c) >= max_{right c'} cos(q, c')}
 
-    Ties count against the query: a wrong candidate that is exactly as near as the nearest right one comes first, so
-    features that are all the same find nothing. The N M cosines are never in memory at once.
+    Ties count against the query: a wrong candidate that is as near as the nearest right one comes first, so features
+    that are all the same find nothing. Rounding tells equal cosines apart, hence those within 1e-6 (of float64 features
+    1e-14) are a tie. The N M cosines are never in memory at once.
 
     Args:
         queries: (N, D). candidates: (M, D).
@@ -165,14 +168,25 @@ def _ranks(
     rows = max(1, BLOCK // len(candidates))
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)
-        cosines = queries[block] @ candidates.T  # (B, M)
+        cos = cosines(queries[block], candidates)  # (B, M)
         belong = own[block, None] == other
-        nearest = cosines.masked_fill(~belong, -math.inf).amax(1, keepdim=True)
-        ranks[block] = ((cosines >= nearest) & ~belong).sum(1) + 1
+        nearest = cos.masked_fill(~belong, -math.inf).amax(1, keepdim=True)
+        ranks[block] = (as_near(cos, nearest) & ~belong).sum(1) + 1
         right[block] = belong.sum(1)
     count = right.cpu()
     _something_to_find(who, name, count)
     return ranks.cpu(), count
+
+
+def cosines(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Products (N, M) of unit rows; the half types of an autocast region have no digits for them."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ candidates.T
+
+
+def as_near(cos: Tensor, right: Tensor) -> Tensor:
+    """Which cosines are at least the right one's, up to what rounding may make of equal ones."""
+    return cos >= right - TIE[cos.dtype]
 
 
 def _something_to_find(who: str, name: str, right: Tensor) -> None:

@@ -84,8 +84,8 @@ def zero_shot_metrics(
     Returns:
         dict of Python floats: top1, top5 (1 where there are up to five classes), class_recall; nll in nats and ece, as
         `query_calibration` has them, with ten bins of equal width; majority, the top1 of whoever always says the most
-        frequent class. A tie counts against the image in top1, top5 and class_recall, so that features that are all
-        the same recognise nothing.
+        frequent class. A tie, see `retrieval_ranks`, counts against the image in top1, top5 and class_recall, so that
+        features that are all the same recognise nothing.
 
     Raises:
         TypeError, ValueError: sizes or devices disagree, NaN, infinity or a row of zeros, a class out of range, a scale

@@ -39,7 +39,9 @@ def category_relationship(source_probs: Tensor, labels: Tensor, num_classes: int
     probs = _source_rows("category_relationship", "source_probs", source_probs, "labels", labels, num_classes)
     one_hot = F.one_hot(labels.long(), num_classes).to(probs.dtype)  # (N, C_t)
     counts = one_hot.sum(0)[:, None]
-    return torch.where(counts > 0, one_hot.T @ probs / counts.clamp(min=1), probs.mean(0))
+    with torch.autocast(probs.device.type, enabled=False):  # sums in half types would lose samples
+        sums = one_hot.T @ probs
+    return torch.where(counts > 0, sums / counts.clamp(min=1), probs.mean(0))
 
 
 def learned_relationship(
