@@ -391,6 +391,14 @@ def main() -> None:
             errors.print(f"[red]{speaker()}:[/red] another process ended ({escape(told)}).", soft_wrap=True)
             step_back()
             raise SystemExit(3) from None
+        if _out_of_memory(error):
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            errors.print(
+                f"[red]{speaker()}:[/red] out of memory ({escape(told)}); make train.batch_size, eval.batch_size or "
+                "data.image_size smaller, or train.accumulate larger.",
+                soft_wrap=True,
+            )
+            raise SystemExit(3) from None
         code = _exit_code(error)
         if code is None:
             raise
@@ -438,6 +446,12 @@ def _lost_a_rank(error: Exception) -> bool:
     from hardmix.distributed import lost_a_rank
 
     return lost_a_rank(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """A GPU has a class for it, in torch, which not every verb loads; a CPU's allocator raises a plain RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _exit_code(error: Exception) -> int | None:

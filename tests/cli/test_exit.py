@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from hardmix import cli, launcher
 
@@ -23,6 +24,30 @@ def test_ctrl_c_outside_the_steps_is_told_and_is_no_success(monkeypatch, capsys,
         cli.main()
     assert caught.value.code == 130
     assert capsys.readouterr().err.strip() == "hardmix: stopped."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2560 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_sentence(error: Exception, monkeypatch, capsys, tmp_path) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hardmix.train.recipe.load_recipe", full)
+    monkeypatch.setattr(sys, "argv", ["hardmix", "copy", "fashion-mixup"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 3
+    told = capsys.readouterr().err
+    assert told.startswith("hardmix: out of memory (")
+    assert "make train.batch_size, eval.batch_size or data.image_size smaller" in told
+    assert told.count("\n") == 1
 
 
 def test_help_and_version_are_a_success(monkeypatch, capsys) -> None:

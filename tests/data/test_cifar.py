@@ -100,7 +100,7 @@ def test_the_hand_made_batch_is_what_numpy_reads() -> None:
     assert batch[b"labels"] == labels
 
 
-@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("keys", [bytes, str])
 def test_batches_saved_again_by_python_3(tmp_path: Path, protocol: int, keys: type) -> None:
     data, labels = content(1)

@@ -34,14 +34,15 @@ def corner(pixels: torch.Tensor, at: tuple[int, int] = (2, 2)) -> tuple[int, ...
     return tuple(pixels[:, at[0], at[1]].tolist())
 
 
-def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
-    """A PNG file written by hand."""
+def png(width: int, height: int, depth: int, color: int, rows: bytes, see_through: bytes = b"") -> bytes:
+    """A PNG file written by hand; `see_through` is a value that is transparent."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + (chunk(b"tRNS", see_through) if see_through else b"")
+    return head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tif", "ppm"])
@@ -66,6 +67,13 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     path.write_bytes(png(4, 1, 16, 0, b"\0" + struct.pack(">4H", *values)))
     assert read(path).tolist() == [[[0, 100, 255, 0]]] * 3
     assert read(path, channels=1).tolist() == [[[0, 100, 255, 0]]]
+
+
+def test_a_see_through_value_of_sixteen_bits_is_white(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    rows = b"\0" + struct.pack(">3H", 1000, 257 * 100, 0)
+    path.write_bytes(png(3, 1, 16, 0, rows, struct.pack(">H", 1000)))
+    assert read(path, channels=1).tolist() == [[[255, 100, 0]]]
 
 
 def test_sixteen_bits_of_tiff(tmp_path: Path) -> None:

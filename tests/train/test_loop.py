@@ -161,11 +161,24 @@ def test_a_damaged_summary_is_named_and_written_again(straight, tmp_path):
     shutil.copytree(straight, folder)
     path = folder / "summary.json"
     before = json.loads(path.read_text())
-    path.write_text(path.read_text()[:100])
-    with pytest.raises(RunError, match=rf"{re.escape(str(path))} is damaged; delete it, and hardmix run --resume"):
-        run_recipe(tiny(), folder, resume=True)
+    for damaged in (path.read_text()[:100], "{}", "[]"):
+        path.write_text(damaged)
+        with pytest.raises(RunError, match=rf"{re.escape(str(path))} is damaged; delete it, and hardmix run --resume"):
+            run_recipe(tiny(), folder, resume=True)
     path.unlink()
     assert run_recipe(tiny(), folder, resume=True)["test"] == before["test"]
+
+
+@pytest.mark.parametrize(("policy", "smallest"), [("cutmix", 64), ("augmix", 32)])
+def test_a_part_of_a_batch_is_not_too_small_to_mix(policy, smallest, tmp_path):
+    objective = {"name": "soft-cross-entropy"}
+    options = {"policy": {"name": policy}, "objective": objective, "data": {"augment": []}}
+    parts = {"batch_size": smallest - 1, "accumulate": 32, "epochs": 1, "warmup_epochs": 0}
+    of_two = " of two samples to mix" * (policy == "cutmix")
+    with pytest.raises(
+        RunError, match=rf"is {smallest - 1}, but 1 process x 32 parts{of_two} need at least {smallest}; "
+    ):
+        run_recipe(tiny(train=parts, **options), tmp_path / "run")
 
 
 def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):

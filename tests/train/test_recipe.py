@@ -276,6 +276,8 @@ def test_another_seed_is_one_that_a_recipe_may_have():
     [
         ("train.epochs", "is not key=value"),
         ("=3", "is not key=value"),
+        ("train.epochs=3\nlr=4", r"train.epochs: is '3\nlr=4'; input should be a valid integer"),
+        ("train.threads=99999999999", "train.threads: is 99999999999; input should be less than or equal to 1024"),
         ("name.x=3", "name is a value, not a section"),
         ("epochs=5", 'epochs: unknown key (did you mean "train.epochs" or "contrast.epochs"?)'),
         ("lr=0.1", 'lr: unknown key (did you mean "train.lr"?)'),

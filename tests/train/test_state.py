@@ -102,6 +102,16 @@ def test_a_damaged_note_of_the_best_is_named(tmp_path):
         load_checkpoint(tmp_path, "best")
 
 
+def test_a_checkpoint_that_is_gone_is_named_with_those_that_are_there(tmp_path):
+    for step in (1, 3):
+        save_checkpoint(tmp_path, step, tensors(1.0), {})
+    mark_best(tmp_path, 2, 0.5)
+    with pytest.raises(CheckpointError, match=r"lacks the best checkpoint, that of step 2; there are 1, 3, which hard"):
+        load_checkpoint(tmp_path, "best")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of step 2; there are 1, 3"):
+        load_checkpoint(tmp_path, "2")
+
+
 def test_newer_format_and_missing_ones(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_checkpoint(tmp_path)

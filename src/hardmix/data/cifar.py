@@ -130,12 +130,27 @@ class _Array:
         return None
 
 
+def _from_buffer(content: object, kind: object, shape: object, order: object) -> _Array:
+    """Stands in for NumPy's function of that name, which protocol 5 calls."""
+    array = _Array()
+    array.state = (1, shape, kind, order == "F", bytes(content) if isinstance(content, bytearray) else content)
+    return array
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """Stands in for codecs.encode, by which Python 3 writes bytes in protocols up to 2."""
+    return text.encode("latin1")
+
+
 class _Unpickler(pickle.Unpickler):
-    """Admits the three names that a pickled array of bytes needs, and gives stand-ins for them."""
+    """Admits the names that a pickled array of bytes needs, and gives stand-ins for them."""
 
     allowed = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("_codecs", "encode"): _encoded,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Type,
     }

@@ -126,7 +126,11 @@ def _eight_bit(image: Picture, channels: int) -> Picture:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(f"32-bit values from {low} to {high}; only 8 and 16 bits have a known range")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        eight = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        see_through = image.info.get("transparency")
+        if isinstance(see_through, int):  # a PNG may name one value that is
+            eight[values == see_through] = 255
+        image = Image.fromarray(eight)
     elif image.mode == "F":
         raise ValueError("floating-point values have no known range")
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -85,6 +85,8 @@ def compare(
     from hardmix.report.page import write_comparison_report
     from hardmix.report.spreadsheet import write_csv
 
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; choose another --out.")
     jobs = plan_jobs(recipes, seeds, out)
     workers = workers or default_workers(len(jobs))
     watch = watch or _nobody

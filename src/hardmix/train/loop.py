@@ -148,12 +148,7 @@ class _Run:
         train = recipe.train
         self.schedule = Schedule(self.task.stages(), train.batch_size, train.warmup_epochs, train.decay)
         self.batch_size, self.steps = self.schedule.batch_size, self.schedule.steps
-        smallest = accelerator.num_processes * recipe.train.accumulate
-        if self.batch_size < smallest:
-            raise RunError(
-                f"train.batch_size is {self.batch_size}, but {accelerator.num_processes} processes x "
-                f"{recipe.train.accumulate} parts need at least {smallest}; make it larger."
-            )
+        self._check_parts()
         learns = any(True for _ in self.task.objective.parameters())
         if recipe.contrast is not None and learns and accelerator.num_processes > 1:
             raise RunError(
@@ -335,6 +330,17 @@ class _Run:
         if isinstance(self.task, Classification):
             self.task.end_step()
         return totals
+
+    def _check_parts(self) -> None:
+        """What each process has of each part of a batch: a sample, or two where they are mixed with one another."""
+        processes, parts = self.accelerator.num_processes, self.recipe.train.accumulate
+        mixed = self.recipe.policy is not None and self.recipe.policy.name != "augmix"
+        smallest = processes * parts * (2 if mixed else 1)
+        if self.batch_size < smallest:
+            raise RunError(
+                f"train.batch_size is {self.batch_size}, but {processes} process{'es' * (processes > 1)} x {parts} "
+                f"part{'s' * (parts > 1)}{' of two samples to mix' * mixed} need at least {smallest}; make it larger."
+            )
 
     def _beside(self) -> tuple[nn.Module | None, dict[nn.Parameter, float]]:
         """What is trained besides the model, and parameters that move at a rate of their own."""

@@ -462,7 +462,8 @@ def _apply(table: dict[str, Any], override: str) -> None:
     if not sep or not all(parts):
         raise RecipeError(f'--set "{override}" is not key=value; write for example --set train.epochs=5.')
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        read = tomllib.loads(f"v = {text}")
+        value = read["v"] if len(read) == 1 else text  # a second line would be lost
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     node = table

@@ -37,11 +37,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / "summary.json"
     try:
-        return json.loads(path.read_text("utf-8"))
+        summary = json.loads(path.read_text("utf-8"))
     except ValueError:
+        summary = None
+    if not isinstance(summary, dict) or not isinstance(summary.get("test"), dict):
         raise RunError(
             f"{path} is damaged; delete it, and hardmix run --resume {folder} writes it again from the checkpoint."
-        ) from None
+        )
+    return summary
 
 
 def problem_with(recipe: Recipe, folder: Path, resume: bool) -> str | None:

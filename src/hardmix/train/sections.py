@@ -163,7 +163,7 @@ class TrainSection(Section):
         ge=0,
         description="passes over the training samples; what does not fill a batch is left out. 0 only with tune.start",
     )
-    batch_size: int = Field(128, ge=1, description="samples of a step, all processes together")
+    batch_size: int = Field(128, ge=1, le=2**24, description="samples of a step, all processes together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
     lr: Float = Field(0.1, gt=0.0, description="learning rate after the warm-up")
     decay: Literal["cosine", "cosine-7/16"] = Field(
@@ -187,7 +187,7 @@ class TrainSection(Section):
         "and small images on a GPU can be faster; classification only",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU if there is one")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's own choice")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0: torch's own choice")
     log_every: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
 
@@ -316,7 +316,7 @@ class TuneSection(Section):
 
 class EvalSection(Section):
     every: int = Field(1, ge=1, description="epochs between two evaluations")
-    batch_size: int = Field(500, ge=1, description="samples that are evaluated at once")
+    batch_size: int = Field(500, ge=1, le=2**24, description="samples that are evaluated at once")
     checkpoint: Literal["last", "best"] = Field("last", description="weights that the test split is measured with")
     probe: int = Field(
         0, ge=0, description="training images that an evaluation of a classification run measures as they are too"

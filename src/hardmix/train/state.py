@@ -113,7 +113,11 @@ def load_checkpoint(root: Path, which: str | int = "last") -> Checkpoint:
     if wanted is None:
         raise CheckpointError(f"{root} has no best checkpoint, because nothing was evaluated; take the last one.")
     if wanted not in steps:
-        raise CheckpointError(f"{root} holds no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}.")
+        told = f"the best checkpoint, that of step {wanted}" if which == "best" else f"no checkpoint of step {wanted}"
+        raise CheckpointError(
+            f"{root} {'lacks' if which == 'best' else 'holds'} {told}; there are {', '.join(map(str, steps))}, which "
+            "hardmix eval --checkpoint measures."
+        )
     folder = root / f"step-{wanted:08d}"
     try:
         return _read(folder)
