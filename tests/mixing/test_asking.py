@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from hardmix.mixing import (
     CoMixup,
     CutMix,
     GuidedMix,
+    ManifoldMixup,
     MergeMix,
     Policy,
     PuzzleMix,
@@ -33,6 +35,8 @@ from hardmix.mixing import (
     SnapMix,
     SUMix,
     SuperMix,
+    TLAlign,
+    TokenMix,
     TransMix,
 )
 from hardmix.mixing.asking import AskingPolicy
@@ -185,14 +189,50 @@ HOOKED: dict[str, Callable[[nn.Module], Policy]] = {
     "alignmix": lambda model: AlignMix(model, include_input=False),
     "smmix": SMMix,
     "mergemix": MergeMix,
+    "tokenmix": TokenMix,
+    "transmix": TransMix,
+    "tl-align": TLAlign,
+    "manifold-mixup": lambda model: ManifoldMixup(model, ["0"]),
 }
 
 
+def hooked(name: str) -> nn.Module:
+    """A model for a policy of `HOOKED`."""
+    return Net() if name in ("sumix", "alignmix", "manifold-mixup") else tiny_vit()
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(part._forward_hooks) for part in model.modules())
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_go_with_their_policy(name: str) -> None:
+    model = hooked(name)
+    for end in ("forgotten", "detached"):
+        policy = HOOKED[name](model)
+        policy(torch.rand(4, 3, 32, 32, generator=rng()), Y)
+        twin = copy.deepcopy(policy)
+        before = hooks(model)
+        assert before > 0
+        twin.attach(model)
+        assert hooks(model) >= 2 * before or name == "alignmix"  # which looks for its layer at the draw
+        del twin
+        gc.collect()
+        assert hooks(model) == before  # the policy's own are still there
+        if end == "detached":
+            policy.detach()
+        else:
+            del policy
+            gc.collect()
+        assert hooks(model) == 0
+        assert b"hardmix.mixing" not in pickle.dumps(model)
+
+
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("name", [*ALL, *HOOKED])
+@pytest.mark.parametrize("name", [*ALL, "sumix", "alignmix", "smmix", "mergemix", "tokenmix"])
 def test_of_a_distributed_model_the_module_inside_is_asked(name: str) -> None:
     """A forward of the wrapper would wait for ranks that have drawn another policy, or are done with their search."""
-    net = tiny_vit() if name in ("smmix", "mergemix") else Net()
+    net = Net() if name in ALL else hooked(name)
     wrapped = DistributedDataParallel(net)
     forwards: list[nn.Module] = []
     net.register_forward_pre_hook(lambda module, args: forwards.append(module))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hardmix import _check
 from hardmix.mixing.attention_reader import Attention, is_attention, read_attention
 from hardmix.mixing.gradients import check_model, model_input, undisturbed, without_ddp
-from hardmix.mixing.hidden import WeakHook, find_module, outside_graphs
+from hardmix.mixing.hidden import WeakHook, find_module, outside_graphs, take_off, taken_off_with
 
 #: Tokens that may stand before the patches, the likeliest first: a class token, none, one of distillation, registers.
 _PREFIXES = (1, 0, 2, 5, 9, 3, 4, 6, 7, 8, 16, 17)
@@ -98,7 +98,7 @@ class AttentionTap:
     def _clear(self) -> None:
         self._model: tuple[nn.Module, ...] = ()
         self._names: list[str] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[weakref.finalize[..., Any]] = []
         self._keep: Keep | None = None
         self._images: int | None = None
         self._kept: list[Tensor] = []
@@ -125,12 +125,11 @@ class AttentionTap:
         self._names = names if self.every else names[-1:]
         for index, name in enumerate(self._names):
             hook = outside_graphs(_Hook)(weakref.ref(self), modules[name], model, index)
-            self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+            self._hooks.append(taken_off_with(self, modules[name].register_forward_hook(hook, with_kwargs=True)))
 
     def detach(self) -> None:
         """Take the hooks off the model and forget it."""
-        for handle in self._handles:
-            handle.remove()
+        take_off(self._hooks)
         self._clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class AttentionPolicy(Policy):
         self.disarm()
         self.tap.attach(model)
 
+    def detach(self) -> None:
+        """Take the hooks off the model and forget it."""
+        self.disarm()
+        self.tap.detach()
+
     def disarm(self) -> None:
         """Take back a draw that was not trained with, for a step that is skipped on purpose."""
         self.tap.disarm()

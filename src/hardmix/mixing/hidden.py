@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hardmix import _check
 from hardmix._math import CPU
@@ -84,13 +85,11 @@ class ManifoldMixup(Policy):
         self._state.attached, self._state.names = True, names
         for index, module in enumerate(modules):
             hook = outside_graphs(_LayerHook)(weakref.ref(self._state), module, model, index)
-            self._state.handles.append(module.register_forward_hook(hook))
+            self._state.hooks.append(taken_off_with(self._state, module.register_forward_hook(hook)))
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._state.handles:
-            handle.remove()
-        self._state.handles.clear()
+        take_off(self._state.hooks)
         self._state.attached = False
         self.disarm()
 
@@ -154,7 +153,7 @@ class _State:
         self.policy = policy
         self.attached = False
         self.names: tuple[str, ...] = ()
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks: list[weakref.finalize[..., Any]] = []
         self.plan: MixPlan | None = None
         self.layer: int | None = None
         self.used: tuple[int, MixPlan] | None = None
@@ -221,6 +220,20 @@ class _LayerHook(WeakHook):
             f"{state.policy.__name__}: a layer returned a {type(output).__name__}; name a layer that returns a tensor, "
             "or a tuple whose first entry is one."
         )
+
+
+def taken_off_with(owner: object, hook: RemovableHandle) -> weakref.finalize[..., Any]:
+    """Takes the hook off its module when it is called, or else when its owner is gone. It keeps neither alive."""
+    finalizer = weakref.finalize(owner, hook.remove)
+    finalizer.atexit = False
+    return finalizer
+
+
+def take_off(hooks: list[weakref.finalize[..., Any]]) -> None:
+    """Take these hooks off their modules."""
+    for hook in hooks:
+        hook()
+    hooks.clear()
 
 
 def is_rerun() -> bool:

@@ -15,7 +15,7 @@ from hardmix._math import wide
 from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing
 from hardmix.mixing.gradients import check_model, model_input, undisturbed, without_ddp
-from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs
+from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs, take_off, taken_off_with
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.target import MixedTarget
@@ -100,12 +100,11 @@ class SUMix(Policy):
         self._state.model = (model,)
         if layer is not None:
             hook = outside_graphs(_FeatureHook)(weakref.ref(self._state), layer, model)
-            self._state.handles.append(layer.register_forward_hook(hook))
+            self._state.hooks.append(taken_off_with(self._state, layer.register_forward_hook(hook)))
 
     def detach(self) -> None:
         """Take the hook off the model."""
-        for handle in self._state.handles:
-            handle.remove()
+        take_off(self._state.hooks)
         self._state = _State()
         self._batch = None
 
@@ -255,7 +254,7 @@ class _State:
 
     def __init__(self) -> None:
         self.model: tuple[nn.Module, ...] = ()
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks: list[weakref.finalize[..., Any]] = []
         self.reading = False  # the clean forward is under way
         self.armed = False  # the next training forward is that of the mixed batch
         self.seen: Tensor | None = None  # what went into the classifier
