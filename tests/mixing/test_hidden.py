@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hardmix.mixing import CutMix, ManifoldMixup, RandomChoice, Scheduled
 from mixing.cases import rng
+from mixing.vits import tiny_vit
 
 
 class Net(nn.Module):
@@ -222,14 +223,6 @@ def test_copies_of_the_model_never_mix() -> None:
 
 
 def test_wrapped_models() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.module(x)
-
     model = net()
     mix = ManifoldMixup(model, ["layer1"], include_input=False)
     wrapped = Wrapper(model)
@@ -253,6 +246,84 @@ def test_compiled_models() -> None:
         want = model.layer2[1]((lam * hidden + (1 - lam) * hidden[partner]).relu())
         assert torch.allclose(compiled(X), want, atol=1e-6)
         assert torch.allclose(compiled(X), clean, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
+def test_deep_layers_of_compiled_models() -> None:
+    """The compiler takes blocks of one class for alike, hook or not, unless its setting says otherwise."""
+    import torch._dynamo
+
+    model, x = tiny_vit(), torch.rand(2, 3, 32, 32, generator=rng())
+    mix = ManifoldMixup(model, ["stage3.blocks.0"], include_input=False)
+    for skip in (False, True):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=skip):
+            compiled = torch.compile(model, backend="eager")
+            mix(x, Y[:2], generator=rng(1))
+            got = compiled(x)
+        if skip:
+            with pytest.raises(
+                RuntimeError, match=r"torch\._dynamo\.config\.skip_nnmodule_hook_guards is set to False"
+            ):
+                mix(x, Y[:2])
+        else:
+            mix(x, Y[:2], generator=rng(1))
+            assert torch.allclose(got, model(x), atol=1e-5)
+    torch._dynamo.reset()
+
+
+class Adapted(nn.Module):
+    """As libraries of adapters have it: the layer, and what is added to its output."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.added = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.added(x)
+
+
+@pytest.mark.parametrize("change", ["adapter", "another", "gone"])
+def test_a_layer_that_was_replaced_is_an_error(change: str) -> None:
+    """The hook sits on what was there before, which may still run as a part of the new layer."""
+    model = net()
+    mix = ManifoldMixup(model, ["layer2.1"], alpha=1.0, include_input=False)
+    mix(X, Y)
+    if change == "gone":
+        model.layer2 = nn.Linear(5, 4)
+    else:
+        model.layer2[1] = Adapted(model.layer2[1]) if change == "adapter" else nn.Linear(5, 4)
+    with pytest.raises(
+        RuntimeError, match=r"ManifoldMixup: layer 'layer2\.1' was replaced in the model; call attach\(model\) with the"
+    ):
+        mix(X, Y)
+    if change == "gone":
+        with pytest.raises(ValueError, match=r"layers names 'layer2\.1', which the model does not have"):
+            mix.attach(model)
+        return
+    mix.attach(model)
+    _, target = mix(X, Y)
+    got, want, lam = model(X), model(X), target.weights[:, :1]
+    assert torch.allclose(got, lam * want + (1 - lam) * want[target.labels[:, 1]], atol=1e-6)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
+def test_layers_that_are_wrapped_where_they_are_go_on() -> None:
+    model = net()
+    mix = ManifoldMixup(model, ["layer2.1"], include_input=False)
+    model.layer2[1] = torch.compile(model.layer2[1], backend="eager")
+    model.layer2 = Wrapper(Wrapper(model.layer2))
+    mix(X, Y)
+    assert not torch.equal(model(X), net()(X))
 
 
 class Pair(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -85,7 +84,6 @@ class AlignMix(ManifoldMixup):
             return
         model = without_ddp(model)
         self._put_hooks(model, ())
-        self._state.model = weakref.ref(model)
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         plan = super().draw(x, y, pairing, generator)

@@ -33,7 +33,9 @@ class ManifoldMixup(Policy):
     Args:
         model: the model, or any part of it that holds the layers. Forward hooks are put on the layers, so it may be
             wrapped later (DistributedDataParallel, torch.compile, which breaks the graph at the layers). It is not
-            kept: the policy has no parameters and its state_dict is empty.
+            kept: the policy has no parameters and its state_dict is empty. A layer that is replaced later, as by
+            adapters, is an error at the next draw: call `attach` with the model that has layers of these names, of a
+            PeftModel with its `get_base_model()`.
         layers: names of submodules, as in `model.named_modules()`. Their output is a tensor (N, ...), or a tuple or
             list whose first entry is.
         include_input: whether the input is one of the places to mix at.
@@ -42,6 +44,8 @@ class ManifoldMixup(Policy):
     Copies: a copied or unpickled policy has no hooks; call `attach(model)`. A copied or unpickled model (an average of
     the weights, say) carries hooks that do nothing. Activation checkpointing: the layer is mixed again, with the same
     plan, when its forward is run again during the backward pass; run the model once between a draw and its backward.
+    torch.compile takes all layers of one class for alike, with a hook or without, unless
+    `torch._dynamo.config.skip_nnmodule_hook_guards` is False: set it before the model is compiled.
     Shapes: any batch (N, ...) of 2 to 5 axes. `plan` alone draws a plan and arms nothing.
     Reference: Verma et al. 2019, section 2 (arXiv:1806.05236).
     """
@@ -83,6 +87,7 @@ class ManifoldMixup(Policy):
         modules = [find_module(who, "layers", model, name) for name in names]
         self.detach()
         self._state.attached, self._state.names = True, names
+        self._state.model, self._state.modules = weakref.ref(model), [weakref.ref(module) for module in modules]
         for index, module in enumerate(modules):
             hook = outside_graphs(_LayerHook)(weakref.ref(self._state), module, model, index)
             self._state.hooks.append(taken_off_with(self._state, module.register_forward_hook(hook)))
@@ -114,10 +119,12 @@ class ManifoldMixup(Policy):
         state, who = self._state, type(self).__name__
         if not state.attached:
             raise RuntimeError(f"{who}: this policy is a copy without hooks; call attach(model) first.")
+        self._check_layers(state)
         if state.plan is not None:
             raise RuntimeError(
                 f"{who}: the draw for layer {state.names[state.layer or 0]!r} was not used; run the model once "
-                "in training mode after each draw, through that layer, or call disarm()."
+                "in training mode after each draw, through that layer (torch.compile may pass over its hook unless "
+                "torch._dynamo.config.skip_nnmodule_hook_guards is set to False before), or call disarm()."
             )
         cpu_generator(who, generator)
         state.used = None
@@ -128,6 +135,16 @@ class ManifoldMixup(Policy):
         plan, target = self._plan_and_target(x, y, generator, kind)
         state.plan, state.layer = plan, layer
         return x, target
+
+    def _check_layers(self, state: _State) -> None:
+        """A layer that was put in another's place has no hook: what was there may still run, as a part of it."""
+        model = None if state.model is None else state.model()
+        for name, module in zip(state.names, state.modules, strict=True):
+            if model is not None and not _leads_to(model, name, module()):
+                raise RuntimeError(
+                    f"{type(self).__name__}: layer {name!r} was replaced in the model; call attach(model) with the "
+                    "model that has layers of these names."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without the hooks and the armed plan, which belong to this policy's model."""
@@ -146,6 +163,24 @@ def find_module(who: str, argument: str, model: nn.Module, name: str) -> nn.Modu
     return modules[name]
 
 
+def _leads_to(model: nn.Module, name: str, module: nn.Module | None) -> bool:
+    """Whether the submodule of this name is `module` yet, or a wrapper of it (compiled, distributed, checkpointed)."""
+    found: nn.Module | None = model
+    for part in name.split("."):
+        while found is not None and part not in found._modules:
+            found = _wrapped(found)
+        found = None if found is None else found._modules[part]
+    while found is not None and found is not module:
+        found = _wrapped(found)
+    return found is not None
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a module holds if it holds nothing else."""
+    children = list(module.children())
+    return children[0] if len(children) == 1 and not module._parameters else None
+
+
 class _State:
     """What the hooks of one policy share with it: the armed plan, and the one that was used last."""
 
@@ -157,8 +192,8 @@ class _State:
         self.plan: MixPlan | None = None
         self.layer: int | None = None
         self.used: tuple[int, MixPlan] | None = None
-        #: where the layers are to be found yet
         self.model: weakref.ref[nn.Module] | None = None
+        self.modules: list[weakref.ref[nn.Module]] = []  # those of the names
 
 
 class WeakHook:
