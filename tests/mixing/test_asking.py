@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hardmix.distributed import leave
+from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing import (
     AdAutoMix,
     AlignMix,
@@ -174,6 +175,31 @@ def test_combinations_attach_and_disarm_what_they_hold() -> None:
     mix.disarm()
     with pytest.raises(RuntimeError, match="SUMix: relabel has no batch"):
         mix.relabel(torch.zeros(4, 4), None)
+
+
+class Answer:
+    """As transformers' models return it."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Answering(Net):
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(super().forward(x))
+
+
+@pytest.mark.parametrize("name", [*ALL, "sumix"])
+def test_models_may_answer_with_an_object_that_has_logits(name: str) -> None:
+    outputs = []
+    for kind in (Net, Answering):
+        torch.manual_seed(0)
+        policy = (ALL | HOOKED)[name](kind())
+        mixed, target = policy(X, Y, generator=rng(1))
+        own = None if name == "sumix" else policy.loss(SoftCrossEntropyLoss())
+        outputs.append([mixed, *target, torch.zeros(()) if own is None else own])
+    for plain, answered in zip(*outputs, strict=True):
+        assert torch.equal(plain, answered)
 
 
 @pytest.fixture

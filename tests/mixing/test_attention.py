@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hardmix.mixing.attention import AttentionTap, Grid
-from hardmix.mixing.attention_policy import logits_of, patch_share, pixel_share
+from hardmix.mixing.attention_policy import patch_share, pixel_share
 from mixing.cases import rng
 from mixing.vits import GivenViT, given_attention, tiny_vit
 
@@ -555,13 +555,3 @@ def test_shares_of_patches_and_pixels() -> None:
     mask = torch.zeros(1, 1, 8, 15)
     mask[:, :, :2, :5] = 1.0  # half of one patch
     assert torch.equal(patch_share(mask, grid)[0], torch.tensor([[0.5, 0, 0], [0, 0, 0]]))
-
-
-def test_logits_of_what_models_return() -> None:
-    class Output:
-        logits = X
-
-    for output in (X, (X, 1), [X], Output()):
-        assert logits_of("M", output) is X
-    with pytest.raises(TypeError, match=r"M: the model returned a dict; let it return logits \(N, C\)"):
-        logits_of("M", {"logits": X})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hardmix.mixing import ManifoldMixup
-from hardmix.mixing.gradients import hidden_map, input_saliency, undisturbed
+from hardmix.mixing.gradients import hidden_map, input_saliency, logits_of, undisturbed
 from mixing.cases import rng
 
 
@@ -209,6 +209,16 @@ def test_models_without_an_answer() -> None:
     with torch.no_grad():
         broken[0].weight.fill_(torch.nan)
     assert bool(input_saliency(broken, x, y).isnan().all())
+
+
+def test_logits_of_what_models_return() -> None:
+    class Output:
+        logits = x = batch()[0]
+
+    for output in (Output.x, (Output.x, 1), [Output.x], Output()):
+        assert logits_of("M", output) is Output.x
+    with pytest.raises(TypeError, match=r"M: the model returned a dict; let it return logits \(N, C\)"):
+        logits_of("M", {"logits": Output.x})
 
 
 def test_hidden_mixing_sleeps() -> None:

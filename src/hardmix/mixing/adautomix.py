@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import CPU
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
-from hardmix.mixing.gradients import model_input
+from hardmix.mixing.gradients import logits_of, model_input
 from hardmix.mixing.learned import LearnedPolicy, mean_share
 from hardmix.mixing.mask_block import JointMask
 from hardmix.mixing.plan import MixPlan
@@ -227,7 +227,7 @@ class AdAutoMix(LearnedPolicy):
         if self.linear:
             model, (rows, share) = self._model(), drawn
             linear = Mixture(rows, share, share[..., None, None].expand(-1, -1, *x.shape[2:]))
-            logits = model(model_input("AdAutoMix", model, linear.blend(x)))
+            logits = logits_of("AdAutoMix", model(model_input("AdAutoMix", model, linear.blend(x))))
             loss = loss + self.linear * criterion(logits, linear.target(y, kind=kind))
         return loss
 

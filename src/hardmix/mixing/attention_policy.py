@@ -164,14 +164,3 @@ def pixel_share(own: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
     pixels = own.repeat_interleave(grid.height, 1).repeat_interleave(grid.width, 2)
     below, right = size[0] - pixels.shape[1], size[1] - pixels.shape[2]
     return F.pad(pixels, (0, right, 0, below), value=1.0)[:, None]
-
-
-def logits_of(who: str, output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, the first entry of a tuple, or what is called `logits`."""
-    if isinstance(getattr(output, "logits", None), Tensor):
-        output = output.logits
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{who}: the model returned a {type(output).__name__}; let it return logits (N, C).")
-    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ def input_saliency(model: nn.Module, x: Tensor, y: Tensor | None, *, who: str = 
     `undisturbed` for the state that the model is asked in.
 
     Args:
-        model: (N, C, *spatial) -> logits (N, classes). It gets `x` as it is, in the dtype of its own weights.
+        model: (N, C, *spatial) -> logits (N, classes), or what `logits_of` finds them in. It gets `x` as it is, in the
+            dtype of its own weights.
         x: (N, C, *spatial) floats with 1 to 3 spatial axes.
         y: (N,) class ids, or (N, classes) one-hot, multi-hot or soft rows.
         who: what error messages call the caller.
@@ -45,7 +47,7 @@ def input_saliency(model: nn.Module, x: Tensor, y: Tensor | None, *, who: str = 
     x = _check.batch(who, "x", x, 3, 5)
     with undisturbed(model, batch_statistics=x.shape[0] > 1), torch.enable_grad():
         pixels = model_input(who, model, x).requires_grad_()
-        loss = _cross_entropy(who, model(pixels), y)
+        loss = _cross_entropy(who, logits_of(who, model(pixels)), y)
         if not loss.requires_grad:
             raise ValueError(f"{who}: the model's output has no gradient; pass a model that works with gradients.")
         (gradient,) = torch.autograd.grad(loss, pixels, materialize_grads=True)
@@ -176,11 +178,23 @@ def model_input(who: str, model: nn.Module, x: Tensor) -> Tensor:
     return x.detach().to(weight.dtype)
 
 
-def _cross_entropy(who: str, logits: object, y: Tensor | None) -> Tensor:
+def logits_of(who: str, output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, the first entry of a tuple, or what is called `logits`."""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{who}: the model returned a {type(output).__name__}; let it return logits (N, C).")
+    return output
+
+
+def _cross_entropy(who: str, logits: Tensor, y: Tensor | None) -> Tensor:
     """Summed over the rows, so that the gradient of a row doesn't hang on how many there are."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise TypeError(f"{who}: the model returned {got}; pass a model that returns logits (N, classes).")
+    if logits.ndim != 2:
+        raise TypeError(
+            f"{who}: the model returned shape {tuple(logits.shape)}; pass a model that returns logits (N, classes)."
+        )
     if y is None:
         raise ValueError(f"{who}: y is None; pass the labels, whose loss the model is asked about.")
     y = _check.tensor(who, "y", y)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hardmix import _check
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, draw_partner, move
-from hardmix.mixing.gradients import check_model, model_input
+from hardmix.mixing.gradients import check_model, logits_of, model_input
 from hardmix.mixing.mask_block import CrossMask, ScaledCrossMask
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -63,7 +63,7 @@ class Teacher(nn.Module):
         """Logits of a batch, in the copy's own dtype."""
         for norm in self._norms:
             norm.training = x.shape[0] > 1
-        return self.model(x.to(self.like.dtype))
+        return logits_of(self.who, self.model(x.to(self.like.dtype)))
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(maps, logits) of a batch of images: maps (N, D, h, w) of the layer, both without a graph."""
@@ -223,7 +223,8 @@ class LearnedPolicy(AskingPolicy):
     ) -> Tensor:
         """The model's loss on the clean batch, in a forward of its own."""
         model = self._model()
-        logits = model(model_input(type(self).__name__, model, x))
+        who = type(self).__name__
+        logits = logits_of(who, model(model_input(who, model, x)))
         return criterion(logits, MixPlan.identity(x.shape[0], x.device).target(y, kind=kind))
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:

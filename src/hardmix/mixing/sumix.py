@@ -14,7 +14,7 @@ from hardmix import _check
 from hardmix._math import wide
 from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing
-from hardmix.mixing.gradients import check_model, model_input, undisturbed, without_ddp
+from hardmix.mixing.gradients import check_model, logits_of, model_input, undisturbed, without_ddp
 from hardmix.mixing.hidden import WeakHook, find_module, is_rerun, outside_graphs, take_off, taken_off_with
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
@@ -200,15 +200,15 @@ class SUMix(Policy):
         state.reading, state.seen = True, None
         try:
             with undisturbed(model, batch_statistics=x.shape[0] > 1), torch.no_grad():
-                logits = model(x)
+                logits = logits_of(who, model(x))
         finally:
             state.reading = False
             # Older versions of torch train with the weights that autocast has cast here, without a gradient.
             torch.clear_autocast_cache()
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
             raise ValueError(
-                f"{who}: the model returned {got} for {x.shape[0]} samples; it has to return logits (N, C)."
+                f"{who}: the model returned {tuple(logits.shape)} for {x.shape[0]} samples; it has to return logits "
+                "(N, C)."
             )
         features, state.seen = state.seen, None
         if self.uncertainty is not None and (

@@ -14,7 +14,7 @@ from hardmix._math import CPU, wide
 from hardmix.mixing.adautomix import Mixture
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
-from hardmix.mixing.gradients import check_model, model_input, undisturbed
+from hardmix.mixing.gradients import check_model, logits_of, model_input, undisturbed
 from hardmix.mixing.learned import mean_share
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -233,12 +233,11 @@ class SuperMix(AskingPolicy):
         return (drawn.to(hot.dtype)[..., None] * hot[partner]).sum(1), present
 
     def _ask(self, images: Tensor) -> Tensor:
-        logits = self._model()(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        logits = logits_of("SuperMix", self._model()(images))
+        if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
             raise TypeError(
-                f"SuperMix: the model returned {got} for {len(images)} images; pass a model that returns logits "
-                "(N, classes) of two classes or more."
+                f"SuperMix: the model returned shape {tuple(logits.shape)} for {len(images)} images; pass a model that "
+                "returns logits (N, classes) of two classes or more."
             )
         return logits.to(wide(logits.dtype))
 

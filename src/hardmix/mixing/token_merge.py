@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from hardmix import _check
 from hardmix.mixing.attention import Grid
-from hardmix.mixing.attention_policy import AttentionPolicy, logits_of, pixel_share
+from hardmix.mixing.attention_policy import AttentionPolicy, pixel_share
 from hardmix.mixing.attention_reader import SOFTMAX, Attention, of_fused
 from hardmix.mixing.draw import Pairing, move
 from hardmix.mixing.field import largest
-from hardmix.mixing.gradients import model_input, without_ddp
+from hardmix.mixing.gradients import logits_of, model_input, without_ddp
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.static import Mixup
 from hardmix.mixing.target import MixedTarget
@@ -136,8 +136,8 @@ class MergeMix(AttentionPolicy):
             return None
         (x, plan, target), self._base = self._base, None
         model = without_ddp(self.tap.model)
-        logits = model(model_input("MergeMix", model, plan.blend(x)))
-        return self.mixup * criterion(logits_of("MergeMix", logits), target)
+        logits = logits_of("MergeMix", model(model_input("MergeMix", model, plan.blend(x))))
+        return self.mixup * criterion(logits, target)
 
     def disarm(self) -> None:
         super().disarm()

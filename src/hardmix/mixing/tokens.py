@@ -13,9 +13,10 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import CPU, wide
 from hardmix.mixing.attention import Grid
-from hardmix.mixing.attention_policy import AttentionPolicy, logits_of, pixel_share
+from hardmix.mixing.attention_policy import AttentionPolicy, pixel_share
 from hardmix.mixing.draw import Pairing, move, row_numbers, uniform
 from hardmix.mixing.field import largest
+from hardmix.mixing.gradients import logits_of
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
 
