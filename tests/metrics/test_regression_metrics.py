@@ -168,6 +168,9 @@ def test_linearity_of_arcs_noise_and_collapse():
     noise = torch.randn(200, 4096, generator=torch.Generator().manual_seed(0))
     assert local_linearity(noise, y) == pytest.approx(math.sqrt(1.5 / 2), abs=0.01)
     assert math.isnan(local_linearity(torch.ones(5, 2), torch.arange(5)))
+    equal = torch.tensor([[0.3255, 0.0581]]).repeat(18, 1)  # of which a rounded mean differs
+    labels = torch.tensor([2, 4, 4, 2, 3, 2, 3, 2, 2, 4, 4, 4, 2, 2, 1, 2, 4, 2])
+    assert math.isnan(local_linearity(equal, labels))
     assert math.isnan(local_linearity(torch.randn(4, 2), torch.tensor([0, 0, 1, 1])))
 
 

@@ -179,7 +179,11 @@ def local_linearity(embeddings: Tensor, labels: Tensor, *, neighbours: int = 2) 
     z, y = _embeddings_and_labels(who, embeddings, labels)
     z = F.normalize(z, dim=1, eps=torch.finfo(z.dtype).tiny)
     levels, group, size = torch.unique(y, return_inverse=True, return_counts=True)
-    centre = torch.zeros(len(levels), z.shape[1], dtype=z.dtype).index_add_(0, group, z) / size[:, None]  # (G, D)
+    centre = z.new_zeros(len(levels), z.shape[1])  # (G, D)
+    where = group[:, None].expand_as(z)
+    low, high = (centre.scatter_reduce(0, where, z, end, include_self=False) for end in ("amin", "amax"))
+    # Between the values: the rounded mean of equal ones may differ from them, and the rows would not coincide.
+    centre = (centre.index_add(0, group, z) / size[:, None]).clamp(low, high)
     off, reach = 0.0, 0.0
     for k in range(1, min(neighbours // 2, (len(levels) - 1) // 2) + 1):
         inside = (group >= k) & (group < len(levels) - k)
