@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 Backward = Callable[..., Any]
 #: Named wherever a plan is drawn: `torch.set_default_device` and `set_default_dtype` are about what the user makes.
 CPU = torch.device("cpu")
+#: cosines no farther apart are a tie: in which order a sum is formed can make that of equal ones, up to 4,096 features
+TIE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -73,6 +73,14 @@ def test_equal_values_share_the_best_rank() -> None:
     assert per[0].item() == pytest.approx(1 / 27)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_rows_are_ties_however_their_products_are_rounded(dtype) -> None:
+    labels = torch.arange(5.0)
+    for seed in range(40):
+        same = torch.randn(1, 513, generator=rng(seed), dtype=dtype).repeat(5, 1)
+        assert ranksim_loss(same, labels).item() == pytest.approx(ranksim_loss(torch.ones(5, 2), labels).item())
+
+
 def test_features_in_the_order_of_the_labels_are_at_rest_and_others_get_there() -> None:
     y = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
     arc = torch.stack([(y / 6).cos(), (y / 6).sin()], 1).requires_grad_()

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hardmix.kernels import label_contrast as kernel
-from hardmix.losses import SupConLoss, SupReMixLoss, rank_n_contrast_loss, supcon_loss, supremix_loss
+from hardmix.losses import (
+    SupConLoss,
+    SupReMixLoss,
+    rank_n_contrast_loss,
+    ranksim_loss,
+    supcon_loss,
+    supremix_loss,
+)
 
 from .slow_contrast import WEIGHTS, supremix_mean, supremix_rows
 
@@ -394,7 +401,7 @@ def test_bad_input_is_named(call, error, message) -> None:
 
 
 @pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("loss", [supremix_loss, supcon_loss, rank_n_contrast_loss])
+@pytest.mark.parametrize("loss", [supremix_loss, supcon_loss, rank_n_contrast_loss, ranksim_loss])
 def test_a_second_derivative_is_refused_however_it_is_asked_for(loss, summed) -> None:
     z = batch().requires_grad_()
     value = loss(z, torch.tensor(TIED), **({"window": 3.0} if loss is supremix_loss else {}))

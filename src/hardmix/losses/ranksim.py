@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hardmix import _check
-from hardmix._math import unit
+from hardmix._math import TIE, first_only, unit
 from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -20,6 +19,9 @@ def ranksim_loss(features: Tensor, labels: Tensor, *, step: float = 2.0, reducti
 
         l_i = 1 / n sum_j ( rk_j(s_i) / n - rk_j(-|y_i - y_.|) / n )^2,     s_ij = cos(x_i, x_j)
         rk_j(a) = 1 + #{k: a_k > a_j},     i, j, k over n rows of n distinct labels, the anchor among them
+
+    where a cosine that is larger by no more than 1e-6, in float64 1e-14, is not larger: rounding makes that of equal
+    ones.
 
     Of the rows with one label the first is taken, so that frequent labels count no more than rare ones. A rank is
     constant almost everywhere. What stands in for its derivative compares two ranks: with g the gradient that arrives
@@ -66,7 +68,7 @@ def ranksim_loss(features: Tensor, labels: Tensor, *, step: float = 2.0, reducti
     chosen, y = order[first].to(device), y[first].to(device)
     with torch.autocast(device.type, enabled=False):
         z = unit(x.z[chosen])
-        wanted = _ranks(-(y[:, None] - y).abs()).to(z.dtype)
+        wanted = _ranks(-(y[:, None] - y).abs(), 0.0).to(z.dtype)
         loss = (_Ranks.apply(z @ z.T, step) - wanted).square().mean(1)
     valid = torch.zeros(len(order), dtype=torch.bool, device=device).index_fill(0, chosen, True)
     return reduce_anchors(loss.new_zeros(len(order)).index_copy(0, chosen, loss), valid, x.shape, reduction)
@@ -99,10 +101,11 @@ def _check_options(who: str, step: float, reduction: str) -> None:
     _check.choice(who, "reduction", reduction, REDUCTIONS)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Rank of each value (n, n) in its row, over n: 1 / n for the largest, and NaN throughout a row that holds one."""
+def _ranks(values: Tensor, tie: float) -> Tensor:
+    """Rank of each value (n, n) in its row, over n: 1 / n for the largest, and NaN throughout a row that holds one.
+    Values that are greater by no more than `tie` are not."""
     n = values.shape[1]
-    not_greater = torch.searchsorted(values.sort(1).values, values.contiguous(), right=True)
+    not_greater = torch.searchsorted(values.sort(1).values, (values + tie).contiguous(), right=True)
     ranks = (1 + n - not_greater).to(values.dtype) / n
     return ranks.masked_fill_(values.isnan().any(1, keepdim=True), torch.nan)
 
@@ -110,13 +113,13 @@ def _ranks(values: Tensor) -> Tensor:
 class _Ranks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, step: float) -> Tensor:
-        ranks = _ranks(values)
+        ranks = _ranks(values, TIE[values.dtype])
         ctx.save_for_backward(values, ranks)
         ctx.step = step
         return ranks
 
     @staticmethod
-    @once_differentiable
+    @first_only("ranksim_loss: ranks have first derivatives only; leave out a penalty on gradients.")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         values, ranks = ctx.saved_tensors
-        return (_ranks(values + ctx.step * grad) - ranks) / ctx.step, None
+        return (_ranks(values + ctx.step * grad, TIE[values.dtype]) - ranks) / ctx.step, None

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._math import TIE
 
 #: cosines that are in memory at a time
 BLOCK = 2**20
-#: cosines no farther apart are a tie: in which order a sum is formed can make that of equal ones, up to 4,096 features
-TIE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
 def retrieval_metrics(
