@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from hardmix._math import first_only
 
 if dist.is_available():
     # Its functions hold on to the process group that there is when they are defined. DDP defines them, and a group that
@@ -122,7 +123,7 @@ class _GatherWithSum(torch.autograd.Function):
         return _gather(rows, counts)
 
     @staticmethod
-    @once_differentiable
+    @first_only("gather_with_sum: rows of several processes have first derivatives only; leave out a gradient penalty.")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Not reduce_scatter, which gloo lacks before torch 2.6 and which wants parts of one size.
         return _sum(grad)[ctx.place], None, None
@@ -144,7 +145,6 @@ class _MeanOfParts(torch.autograd.Function):
         return _sum(part) / size
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
