@@ -202,6 +202,35 @@ def test_models_may_answer_with_an_object_that_has_logits(name: str) -> None:
         assert torch.equal(plain, answered)
 
 
+@pytest.mark.parametrize("name", [*ALL, "sumix"])
+def test_batches_made_under_inference_mode(name: str) -> None:
+    with torch.inference_mode():
+        batch = X.clone(), Y.clone()
+    results = []
+    for x, y in ((X, Y), batch):
+        torch.manual_seed(0)
+        policy = (ALL | HOOKED)[name](Net())
+        mixed, target = policy(x, y, generator=rng(1))
+        own = None if name == "sumix" else policy.loss(SoftCrossEntropyLoss())
+        if own is not None:
+            own.backward()
+        results.append([mixed, *target, *(p.grad for p in policy.parameters() if p.grad is not None)])
+    for plain, inferred in zip(*results, strict=True):
+        assert torch.equal(plain, inferred)
+
+
+@pytest.mark.parametrize("name", ["guidedmix", "saliencymix", "puzzlemix", "co-mixup", "supermix"])
+def test_inference_mode_is_named_where_gradients_are_needed(name: str) -> None:
+    policy = ALL[name](Net())
+    with torch.no_grad():
+        policy(X, Y)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"Mix(up)?: torch\.inference_mode is on, under which"),
+    ):
+        policy(X, Y)
+
+
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""

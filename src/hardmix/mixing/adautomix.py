@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import CPU
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
-from hardmix.mixing.gradients import logits_of, model_input
+from hardmix.mixing.gradients import logits_of, model_input, trackable
 from hardmix.mixing.learned import LearnedPolicy, mean_share
 from hardmix.mixing.mask_block import JointMask
 from hardmix.mixing.plan import MixPlan
@@ -212,7 +212,7 @@ class AdAutoMix(LearnedPolicy):
         (x, y, kind, maps, clean, partner, lam, drawn), self._pending = self._pending, None
         with torch.autocast(x.device.type, enabled=False):
             masks = self.block(maps[partner], lam, (x.shape[2], x.shape[3]))
-            wide = x.detach().to(torch.promote_types(x.dtype, masks.dtype))
+            wide = trackable(x.detach().to(torch.promote_types(x.dtype, masks.dtype)))
             mixed = Mixture(partner, lam, masks).blend(wide)
         logits = self.teacher(mixed)
         mce = criterion(logits, Mixture(partner, lam, masks.detach()).target(y, kind=kind))

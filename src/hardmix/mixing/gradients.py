@@ -39,12 +39,14 @@ def input_saliency(model: nn.Module, x: Tensor, y: Tensor | None, *, who: str = 
         TypeError: uint8 images, which have no gradient, or another kind of model, output or label.
         ValueError: `y` is None or doesn't fit the logits, a class out of range (looked at on the CPU only), a model
             that works without gradients.
+        RuntimeError: under torch.inference_mode.
 
     Reference: Simonyan et al. 2013 (arXiv:1312.6034), in the form of Kim et al. 2020 (arXiv:2009.06962). Their code and
     OpenMixup run `loss.backward()` and then clear the gradients of all parameters, those of earlier batches included.
     """
     check_model(who, model)
     x = _check.batch(who, "x", x, 3, 5)
+    check_mode(who)
     with undisturbed(model, batch_statistics=x.shape[0] > 1), torch.enable_grad():
         pixels = model_input(who, model, x).requires_grad_()
         loss = _cross_entropy(who, logits_of(who, model(pixels)), y)
@@ -173,9 +175,23 @@ def model_input(who: str, model: nn.Module, x: Tensor) -> Tensor:
         )
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
-        return x.detach()
+        return trackable(x.detach())
     _check.same_device(who, "x", x, "the model", weight.device)
-    return x.detach().to(weight.dtype)
+    return trackable(x.detach().to(weight.dtype))
+
+
+def trackable(x: Tensor) -> Tensor:
+    """`x`, or a copy where it was made under torch.inference_mode, since autograd takes no such tensor."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+def check_mode(who: str) -> None:
+    """torch.inference_mode, which `torch.enable_grad` does not end, leaves nothing to differentiate."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{who}: torch.inference_mode is on, under which the model has no gradients; call it outside, or under "
+            "torch.no_grad."
+        )
 
 
 def logits_of(who: str, output: Any) -> Tensor:
@@ -197,7 +213,7 @@ def _cross_entropy(who: str, logits: Tensor, y: Tensor | None) -> Tensor:
         )
     if y is None:
         raise ValueError(f"{who}: y is None; pass the labels, whose loss the model is asked about.")
-    y = _check.tensor(who, "y", y)
+    y = trackable(_check.tensor(who, "y", y))
     _check.same_length(who, "y", y, "x", logits.shape[0])
     _check.same_device(who, "y", y, "x", logits.device)
     logits = logits.to(wide(logits.dtype))

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hardmix import _check
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, draw_partner, move
-from hardmix.mixing.gradients import check_model, logits_of, model_input
+from hardmix.mixing.gradients import check_model, logits_of, model_input, trackable
 from hardmix.mixing.mask_block import CrossMask, ScaledCrossMask
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -377,7 +377,8 @@ class AutoMix(LearnedPolicy):
         with torch.autocast(x.device.type, enabled=False):
             mask = self._mask(maps, partner, lam, x)
             # In float32 where the images have fewer digits: they are what the gradient comes through.
-            mixed = MixPlan(partner, lam, mask).blend(x.detach().to(torch.promote_types(x.dtype, mask.dtype)))
+            wide = trackable(x.detach().to(torch.promote_types(x.dtype, mask.dtype)))
+            mixed = MixPlan(partner, lam, mask).blend(wide)
         target = MixPlan(partner, lam, mask.detach()).target(y, kind=kind)
         area = self.mask_loss(mask, lam)
         loss = criterion(self.teacher(mixed), target) + self.mask_weight * area

@@ -14,7 +14,7 @@ from hardmix._math import CPU, wide
 from hardmix.mixing.adautomix import Mixture
 from hardmix.mixing.asking import AskingPolicy
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_beta, move, row_numbers
-from hardmix.mixing.gradients import check_model, logits_of, model_input, undisturbed
+from hardmix.mixing.gradients import check_mode, check_model, logits_of, model_input, undisturbed
 from hardmix.mixing.learned import mean_share
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.target import MixedTarget
@@ -171,6 +171,7 @@ class SuperMix(AskingPolicy):
             masks = own.view(1, -1, 1, 1).expand(1, -1, *size)
             steps = torch.zeros(1, dtype=torch.long, device=device)
             return Search(Mixture(partner, own[None], masks), drawn, steps == 0, steps)
+        check_mode(who)
         model = self._model()
         with torch.autocast(device.type, enabled=False):
             try:
