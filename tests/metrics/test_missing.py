@@ -68,6 +68,14 @@ def test_batches_and_modes(training: bool) -> None:
     assert model.training is training
 
 
+def test_what_is_frozen_stays_in_evaluation_mode() -> None:
+    model = Sum().train()
+    model.frozen = nn.BatchNorm1d(3).eval()
+    evaluate_missing(model, inputs(), LABELS)
+    assert model.training
+    assert not model.frozen.training
+
+
 def test_a_function_is_a_model_too() -> None:
     found = evaluate_missing(lambda x: x["a"], {"a": torch.eye(3)}, torch.tensor([0, 1, 0]))
     assert found == {"a": pytest.approx(2 / 3)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
+from hardmix.metrics.robustness import _evaluating
 
 #: more would be more than a thousand subsets
 MOST_MODALITIES = 10
@@ -56,15 +57,9 @@ def evaluate_missing(
         _check.same_length(who, "labels", labels, name, len(_check.tensor(who, name, x)))
     if not len(labels):
         raise ValueError(f"{who}: labels is empty; pass at least one sample.")
-    training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        names = [names for size in range(1, len(inputs) + 1) for names in combinations(inputs, size)]
+    names = [names for size in range(1, len(inputs) + 1) for names in combinations(inputs, size)]
+    with _evaluating(model):
         return {"+".join(there): _accuracy(model, inputs, labels, there, batch_size) for there in names}
-    finally:
-        if isinstance(model, nn.Module):
-            model.train(training)
 
 
 def _accuracy(

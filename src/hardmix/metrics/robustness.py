@@ -404,7 +404,7 @@ def _logits(who: str, model: Model, pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
+def _evaluating(model: object) -> Iterator[None]:
     """Evaluation mode for the time being; every submodule is in its own mode again afterwards."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     before = [module.training for module in modules]
