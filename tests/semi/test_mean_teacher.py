@@ -101,6 +101,14 @@ def test_batch_norm() -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_the_teacher_of_a_model_in_evaluation_mode_trains() -> None:
+    model = net(norm=True).eval()
+    algorithm = MeanTeacher(model)
+    model.train()
+    batch = draw()
+    assert algorithm(model, batch._replace(views=batch.views[:1] * 2)).parts["unlabelled"] == 0.0
+
+
 def test_training_draws_teacher_and_model_together() -> None:
     model = net()
     batches = [draw(0, labelled=6)] * 30

@@ -67,7 +67,7 @@ class MeanTeacher(SemiAlgorithm):
         self.ramp = _check.between(who, "ramp", ramp, 0.0, 1.0)
         self.decay = _check.between(who, "decay", decay, 0.0, 1.0)
         self.early_decay = _check.between(who, "early_decay", early_decay, 0.0, 1.0)
-        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.teacher = copy.deepcopy(model).requires_grad_(False).train()
 
     def extra_repr(self) -> str:
         return f"weight={self.weight:g}, ramp={self.ramp:g}, decay={self.decay:g}, early_decay={self.early_decay:g}"
