@@ -80,6 +80,9 @@ def test_features_that_cancel_have_no_centre() -> None:
     loss = ordinal_entropy_loss(x, torch.tensor([1, 1, 2]))  # distances 1, 1 and 0
     assert loss.item() == pytest.approx(2 / 3)
     assert torch.autograd.grad(loss, x)[0].isfinite().all()
+    a, b = torch.randn(2, 8, generator=rng())
+    for rows in ([a, -a, b, -b], [a, b, -a, -b]):  # the second sum is off by a rounding
+        assert ordinal_entropy_loss(1e3 * torch.stack(rows), torch.zeros(4)).item() == pytest.approx(1.0)
 
 
 def test_invariances() -> None:

@@ -346,6 +346,8 @@ def test_label_scale_of_the_training_labels_is_state() -> None:
     module = SupReMixLoss(window=2.0, label_scale="std")
     with pytest.raises(ValueError, match="call fit_labels with those of the training set"):
         module(batch(), torch.tensor(TIED))
+    with pytest.raises(ValueError, match=r"labels have a standard deviation of 0; pass two values or more"):
+        module.fit_labels(torch.full((7,), 0.1, dtype=torch.float64))  # whose rounded mean is another number
     module.fit_labels(torch.tensor([1.0, 5.0]))
     other = SupReMixLoss(window=2.0, label_scale="std")
     other.load_state_dict(module.state_dict())

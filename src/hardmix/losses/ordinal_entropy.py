@@ -38,7 +38,7 @@ def ordinal_entropy_loss(
     Returns:
         Scalar, possibly below 0. One distinct label: no pair, so tightness alone. Two: one pair, with w = 0, so
         tightness alone as well; three with equal spacing push only the outer ones. N = 1: 0. Rows of zeros have no
-        direction, and a label whose features cancel has no centre: whatever does is at distance 1 from them. At a
+        direction, and a label whose features cancel, up to rounding, has no centre: whatever does is at distance 1 from them. At a
         distance of 0 the gradient is taken as 0. NaN gives NaN.
 
     Raises:
@@ -58,11 +58,9 @@ def ordinal_entropy_loss(
     _check_options(who, diversity_weight, tightness_weight, label_tolerance)
     x = labelled_rows(who, features, labels, name="features")
     y = tied(x.labels, label_tolerance)
-    values, group = y.unique(return_inverse=True)
-    device = x.z.device
-    values, group = values.to(device), group.to(device)
-    with torch.autocast(device.type, enabled=False):
-        centres = _centres(x.z, group, len(values))
+    values, group, count = (part.to(x.z.device) for part in y.unique(return_inverse=True, return_counts=True))
+    with torch.autocast(x.z.device.type, enabled=False):
+        centres = _centres(x.z, group, count)
         loss = tightness_weight * torch.linalg.vector_norm(unit(x.z) - centres[group], dim=1).mean()
         if len(values) > 2:
             loss = loss - diversity_weight * _diversity(centres, values)
@@ -106,13 +104,16 @@ def _check_options(who: str, diversity_weight: float, tightness_weight: float, l
     _check.non_negative(who, "label_tolerance", label_tolerance)
 
 
-def _centres(z: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Directions (groups, D) of the mean row of each group; zeros where there is none."""
+def _centres(z: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """Directions (groups, D) of the mean row of each group of `count` rows; zeros where there is none."""
     # In units of the group's largest entry a sum cannot overflow, and a direction has no unit.
     largest = z.detach().abs().amax(1)
-    scale = z.new_zeros(groups).scatter_reduce(0, group, largest, "amax")
+    scale = z.new_zeros(len(count)).scatter_reduce(0, group, largest, "amax")
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    return unit(z.new_zeros(groups, z.shape[1]).index_add(0, group, z / scale[group, None]))
+    total = z.new_zeros(len(count), z.shape[1]).index_add(0, group, z / scale[group, None])
+    # What rounding leaves of rows that cancel is no direction: a mean below eps of the largest entry.
+    cancels = total.detach().abs().amax(1) <= torch.finfo(z.dtype).eps * count
+    return unit(total.masked_fill(cancels[:, None], 0.0))
 
 
 def _diversity(centres: Tensor, values: Tensor) -> Tensor:

@@ -195,7 +195,9 @@ class SupReMixLoss(nn.Module):
     def fit_labels(self, labels: Tensor) -> None:
         """Take the standard deviation of these labels (N,) as the unit of label distances."""
         who = f"{type(self).__name__}.fit_labels"
-        spread = _check.tensor(who, "labels", labels).double().std(correction=0)
+        y = _check.batch(who, "labels", labels, 1, 2).double()
+        # Asked of the values: the rounded mean of equal ones may leave a tiny deviation.
+        spread = y.std(correction=0) if bool(y.amin() != y.amax()) else y.new_zeros(())
         if not bool(torch.isfinite(spread)) or float(spread) == 0.0:
             raise ValueError(f"{who}: labels have a standard deviation of {float(spread):g}; pass two values or more.")
         self.label_scale.copy_(spread)
