@@ -101,6 +101,12 @@ def test_without_a_confident_sample_the_second_term_is_zero() -> None:
     assert torch.equal(output.loss.detach(), output.parts["labelled"])
 
 
+def test_a_prediction_that_is_not_a_number_makes_the_loss_none() -> None:
+    batch = draw()
+    batch.views[0][2] = math.nan
+    assert FixMatch(threshold=1.0)(net(), batch).loss.isnan()
+
+
 def test_weak_views_run_without_a_gradient_where_they_are_not_joint() -> None:
     modes = []
     model = net()

@@ -41,6 +41,7 @@ def test_a_mask_includes_its_threshold() -> None:
     each = torch.tensor([0.9, 0.99, 0.0], dtype=torch.float64)
     assert P.confidence_mask(confidence, each).tolist() == [1.0, 0.0, 1.0]
     assert P.confidence_mask(confidence, 0.5).dtype == torch.float64
+    assert P.confidence_mask(torch.tensor([math.nan, 0.5]), 0.9).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -41,8 +41,11 @@ def confidence(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def confidence_mask(confidence: Tensor, threshold: float | Tensor) -> Tensor:
-    """1 where a confidence is at least the threshold (a number, or (N,) one for each row), else 0. (N,)"""
-    return (confidence >= threshold).to(confidence.dtype)
+    """1 where a confidence is at least the threshold (a number, or (N,) one for each row), else 0. (N,)
+
+    NaN stays NaN: a prediction that went wrong is not one that is unsure.
+    """
+    return torch.where(confidence.isnan(), confidence, (confidence >= threshold).to(confidence.dtype))
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
