@@ -20,7 +20,9 @@ class MixedTarget(NamedTuple):
         weights: (N, K) shares that sum to one over K. For dense masks (N, K, *spatial), broadcastable to it, or (N, K)
             (series as (N, K, 1): labels (N, K, L) with (N, K) weights are rows).
 
-    It is a NamedTuple, so collate functions, pinning, `.to` helpers and `torch.compile` see a plain pytree.
+    It is a NamedTuple, so collate functions, pinning, `.to` helpers and `torch.compile` see a plain pytree. What
+    rebuilds tuples from a generator of their parts, as the Trainer of transformers does, needs `_asdict()` or `dense()`
+    instead.
     """
 
     labels: Tensor
