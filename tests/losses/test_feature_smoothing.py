@@ -58,6 +58,20 @@ def test_smoothing_equals_the_slow_loop(seed: int) -> None:
         module.update(z, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64])
+def test_every_label_is_in_the_bin_that_its_value_says(dtype: torch.dtype) -> None:
+    whole = FeatureSmoothing(1, label_range=(0, 121), bins=121)
+    shifted = FeatureSmoothing(1, label_range=(-0.5, 399.5), bins=400)
+    y = (torch.arange(1600) / 4).to(dtype)
+    for module, low in ((whole, 0.0), (shifted, -0.5)):
+        want = [min(math.floor(v - low), module.bins - 1) for v in y.double().tolist()]
+        assert module._index("test", y, y[:, None]).tolist() == want
+    tenths = FeatureSmoothing(1, label_range=(0, 10), bins=100)
+    if dtype in (torch.float32, torch.float64):  # others are too coarse to say
+        y = (torch.arange(100, dtype=torch.float64) / 10).to(dtype)
+        assert tenths._index("test", y, y[:, None]).tolist() == list(range(100))
+
+
 def test_smoothing_passes_what_it_knows_nothing_of() -> None:
     module, y = FeatureSmoothing(2, label_range=(0, 10), bins=10), torch.arange(6.0)
     z = torch.randn(6, 2, generator=rng())

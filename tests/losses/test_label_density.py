@@ -60,6 +60,12 @@ def test_weights_on_the_edge() -> None:
         assert (weights[1] / weights[0]).item() == pytest.approx(2**0.5)
 
 
+def test_labels_below_an_edge_stay_there() -> None:
+    large = torch.tensor([4e6, 4e6, 4e6, 4e6 + 0.75, 4e6 + 1])  # four in one bin, one in the next
+    weights = lds_weights(large, bin_width=1.0, kernel_size=1, scheme="sqrt_inverse")
+    assert (weights[4] / weights[3]).item() == pytest.approx(2.0)
+
+
 BAD = [
     (lambda y: lds_weights(y.tolist()), TypeError, r"lds_weights: labels is a list; pass a torch\.Tensor"),
     (lambda y: lds_weights(y[:, None]), ValueError, r"labels has shape \(8, 1\); pass a batch with 1 axes"),

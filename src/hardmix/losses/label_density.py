@@ -232,7 +232,7 @@ class FeatureSmoothing(nn.Module):
         _check.same_length(who, "labels", y, "features", len(x))
         _check.same_device(who, "labels", y, "features", x.device)
         low, high = self.label_range
-        place = _bins(y.to(_math.wide(y.dtype)), low, self.bins / (high - low), y.dtype)
+        place = _bins(y, low, self.bins / (high - low), y.dtype)
         return place.clamp(0, self.bins - 1).nan_to_num(0.0).long()
 
 
@@ -260,8 +260,11 @@ def _kernel_window(who: str, kernel: str, kernel_size: int, sigma: float) -> Ten
 def _bins(labels: Tensor, low: float, per_unit: float, dtype: torch.dtype) -> Tensor:
     """floor((labels - low) per_unit), but a label that its rounding in `dtype` puts just below an edge is on it:
     0.3 / 0.1 is 2.9999999999999996."""
-    place = (labels - low) * per_unit
-    step = torch.finfo(dtype if dtype.is_floating_point else labels.dtype).eps
-    slack = 2 * step * (labels.abs() + abs(low)) * per_unit
+    y = labels.to(torch.float32 if labels.device.type == "mps" else torch.float64)  # Apple's has no float64
+    place = (y - low) * per_unit
+    # Half a last digit, by which the label was rounded to its dtype, and three times that of the arithmetic here.
+    own = torch.finfo(dtype).eps / 2 * y.abs() if dtype.is_floating_point else 0.0
+    slack = (own + 1.5 * torch.finfo(y.dtype).eps * (y.abs() + abs(low))) * per_unit
     nearest = place.round()
-    return torch.where((place - nearest).abs() <= slack, nearest, place.floor())
+    # A dtype that is as coarse as the bins does not say on which side of an edge a label was.
+    return torch.where((place - nearest).abs() <= slack.clamp(max=0.2), nearest, place.floor())
