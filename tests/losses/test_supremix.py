@@ -334,6 +334,16 @@ def test_a_window_that_no_pair_fits_is_told_with_one_that_would() -> None:
     assert float(supremix_loss(batch(4), y, window=4.1)) > 0  # no warning, which would be an error here
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_row_of_zeros_is_mixed_as_a_direction_of_its_own(normalize) -> None:
+    rows = torch.nn.functional.pad(batch(), (0, 1))
+    zero, apart = rows.clone(), rows.clone()
+    zero[2], apart[2] = 0.0, torch.eye(5, dtype=rows.dtype)[4]
+    options = {"window": 9.0, "lam": shares(9), "normalize_mixtures": normalize}
+    labels = torch.tensor(TIED)
+    torch.testing.assert_close(supremix_loss(zero, labels, **options), supremix_loss(apart, labels, **options))
+
+
 def test_module_remembers_and_equals_the_function() -> None:
     options = {"temperature": 0.3, "window": 2.0, "weighting": "quadratic", "label_scale": 2.0, "beta": (3.0, 4.0)}
     module = SupReMixLoss(**options)
@@ -392,6 +402,8 @@ BAD = [
     (lambda z, y: supremix_loss(z, y, window=1.0, max_mixtures=0), ValueError, r"max_mixtures is 0; pass an integer"),
     (lambda z, y: supremix_loss(z, y, window=1.0, reduction="avg"), ValueError, r"reduction is 'avg'; pass one of"),
     (lambda z, y: supremix_loss(z, y, window=2.0, lam=shares(4)), ValueError, r"lam has shape \(4, 4\); pass \(9, 9\)"),
+    (lambda z, y: supremix_loss(z, y, window=2.0, lam=5 * shares(9)), ValueError, r"lam holds values from .*0 to 1"),
+    (lambda z, y: supremix_loss(z, y, window=2.0, lam=math.nan * shares(9)), ValueError, r"lam holds values from nan"),
     (lambda z, y: SupReMixLoss(window=1.0, label_scale="sd"), ValueError, r"label_scale is 'sd'; pass one of 'std'"),
 ]
 

@@ -38,8 +38,8 @@ def ordinal_entropy_loss(
     Returns:
         Scalar, possibly below 0. One distinct label: no pair, so tightness alone. Two: one pair, with w = 0, so
         tightness alone as well; three with equal spacing push only the outer ones. N = 1: 0. Rows of zeros have no
-        direction, and a label whose features cancel, up to rounding, has no centre: whatever does is at distance 1 from them. At a
-        distance of 0 the gradient is taken as 0. NaN gives NaN.
+        direction, and a label whose features cancel, up to rounding, has no centre: whatever does is at distance 1 from
+        them. At a distance of 0 the gradient is taken as 0. NaN gives NaN.
 
     Raises:
         TypeError: integer features, a setting of another kind.

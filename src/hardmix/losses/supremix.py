@@ -13,6 +13,7 @@ from hardmix._math import unit
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
 from hardmix.losses._rows import labelled_rows, reduce_anchors, tied
 from hardmix.mixing.draw import cpu_generator
+from hardmix.mixing.geodesic import shares
 
 #: factor of a pair in the denominator, by its label distance in units of `label_scale`
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor] | None] = {
@@ -80,15 +81,16 @@ def supremix_loss(
             and above are drawn and all their pairs stand for the rest: sums over mixtures, and with them the pull of
             the positives, are unbiased, their logarithm is a little low.
         reduction: "mean" over the anchors that have a positive, "sum", or "none".
-        lam: (M, M) the shares that would be drawn, M = N V rows, view after view: entry (i, k) is the anchor i's share
-            in m_ik.
+        lam: (M, M) the shares that would be drawn, from 0 to 1, M = N V rows, view after view: entry (i, k) is the
+            anchor i's share in m_ik. Values are looked at on the CPU only.
         generator: CPU generator of the draws; None takes torch's global one.
 
     Returns:
         Scalar; for "none" (N,), or (N, V). An anchor without a positive has loss 0 and is not part of the mean, but
         stays a negative of the others. No anchor with one (N = 1, or distinct labels and no pair around any): 0, with
         a gradient of zeros. All labels equal: no mixtures, every other row is a positive. Rows of zeros have cosine 0
-        with all, NaN gives NaN. First derivatives only.
+        with all, and are mixed as directions of their own, at right angles to all. NaN gives NaN. First derivatives
+        only.
 
     Raises:
         TypeError: integer embeddings, a setting of another kind.
@@ -272,7 +274,7 @@ def _shares(
         given = _check.tensor(who, "lam", lam)
         if given.shape != (rows, rows):
             raise ValueError(f"{who}: lam has shape {tuple(given.shape)}; pass ({rows}, {rows}), one share per pair.")
-        ordered = given.detach().to(z.device, z.dtype)[order][:, order]
+        ordered = shares(who, given.detach(), z.device, z.dtype)[order][:, order]
         return lambda first, last: ordered[first:last]
     seed = _seed(generator)
     shape = torch.tensor(beta, dtype=torch.float32)
