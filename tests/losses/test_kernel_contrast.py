@@ -102,6 +102,8 @@ def test_labels_so_far_apart_that_no_kernel_is_left_pull_their_nearest(kind) -> 
     total = torch.logaddexp(s[1], s[2]) if kind != "threshold" else s[2]
     loss = kernel_contrast_loss(z, y, kind=kind, reduction="none")
     assert loss[0].item() == pytest.approx((total - s[1]).item(), rel=1e-12)
+    assert kernel_contrast_loss(z, y, kind=kind, bandwidth=1e-160).isfinite()  # d is, its square is not
+    assert kernel_contrast_loss(z, 1e304 * y, kind=kind, kernel="cauchy").isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

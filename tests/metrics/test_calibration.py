@@ -121,6 +121,7 @@ def test_temperature_at_its_edges():
     assert fit_temperature(torch.full((3, 3), 5.0), labels) == 1.0
     huge = torch.tensor([[3e4, 0.0], [3e4, 0.0], [0.0, 3e4]])
     assert math.isfinite(fit_temperature(huge, torch.tensor([0, 1, 1])))
+    assert fit_temperature(1e6 * right, labels) == 0.01  # even at the hottest nothing is left to gain
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -172,6 +172,11 @@ def test_rare_words_count_more() -> None:
     assert common == 0.0
 
 
+def test_where_no_reference_is_rare_cider_is_zero() -> None:
+    assert caption_metrics(["a cat", "a dog"], [["a cat"], ["a cat"]])["cider"] == 0.0
+    assert caption_metrics(["a cat", "a cat"], [["a cat"], ["a dog"]])["cider"] > 0.0
+
+
 def test_one_image_alone_and_empty_captions() -> None:
     assert cider_scores(["a cat"], [["a cat"]]) == [0.0]
     found = caption_metrics(["", "", "a"], [[""], ["a b"], [""]])

@@ -74,6 +74,16 @@ def test_edges() -> None:
         assert test[1:] == (None, None, None)
 
 
+@pytest.mark.parametrize("unit", [2.0**-664, 2.0**664])
+def test_squares_that_float64_has_no_numbers_for(unit: float) -> None:
+    values, others = [1.0, 2.0, 4.0, -3.0], [0.5, 3.0, 1.0, -2.0]
+    for got, want in zip(mean_interval([v * unit for v in values]), mean_interval(values), strict=True):
+        assert got == want * unit
+    found = paired_test([v * unit for v in values], [v * unit for v in others])
+    assert found.p == paired_test(values, others).p
+    assert mean_interval([1e308, 1e308]) == (1e308, 1e308, 1e308)  # whose sum is none
+
+
 def test_wider_level_wider_interval() -> None:
     narrow, wide = (mean_interval([1.0, 2.0, 4.0], level=level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high

@@ -13,6 +13,8 @@ from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 #: what is in the denominator
 KINDS = ("y-aware", "exp", "threshold")
+#: label distances in units of the bandwidth beyond this count as this, so that their squares are numbers
+FARTHEST = 1e150
 #: log K of the label distance in units of the bandwidth; 0 at 0, and falling
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaussian": lambda d: d.square() / -2.0,
@@ -56,9 +58,9 @@ def kernel_contrast_loss(
 
     Returns:
         Scalar; for "none" (N,), or (N, V). "exp" and "threshold" can be below 0. The weights of an anchor sum to 1
-        however far all others are: where every K_ij is tiny the nearest labels have it all. All labels equal: "y-aware"
-        is supervised contrast, "exp" is log(M - 1) - mean s_ij, "threshold" 0. N = 1 with one view: 0, with a gradient
-        of zeros. Rows of zeros have cosine 0 with all. NaN gives NaN.
+        however far all others are: where every K_ij is tiny the nearest labels have it all, but a d above 1e150 counts
+        as 1e150. All labels equal: "y-aware" is supervised contrast, "exp" is log(M - 1) - mean s_ij, "threshold" 0.
+        N = 1 with one view: 0, with a gradient of zeros. Rows of zeros have cosine 0 with all. NaN gives NaN.
 
     Raises:
         TypeError: integer embeddings, a setting of another kind.
@@ -88,7 +90,7 @@ def kernel_contrast_loss(
         z = unit(x.z)
         s = z @ z.T / temperature
         distance = (y[:, None] - y).abs()  # in float64, since labels may be large and close
-        log_k = KERNELS[kernel](distance / bandwidth)
+        log_k = KERNELS[kernel]((distance / bandwidth).clamp(max=FARTHEST))
         # K over its sum is a softmax of log K, which is a number where all of K underflow.
         share = log_k.masked_fill(own, -torch.inf).softmax(1).to(z.dtype)
         if kind == "threshold":

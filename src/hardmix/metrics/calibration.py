@@ -94,7 +94,10 @@ def best_temperature(slope: Callable[[float], tuple[float, float]], *, tolerance
     """
     low, high = 1.0 / HOTTEST, 1.0 / COLDEST
     if slope(low)[0] >= 0.0:
-        return 1.0 if slope(high)[0] <= 0.0 else HOTTEST
+        if slope(high)[0] > 0.0:
+            return HOTTEST
+        # Flat in between: the logits are equal, or so far apart that only at b = 0 they are not all sure and right.
+        return COLDEST if slope(0.0)[0] < 0.0 else 1.0
     if slope(high)[0] <= 0.0:
         return COLDEST
     inverse = 1.0

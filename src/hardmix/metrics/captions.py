@@ -42,7 +42,7 @@ def caption_metrics(
     Returns:
         dict with exact_match, edit_distance, bleu_1 ... bleu_4 and cider, as Python floats. Two empty captions are
         equal, with distance 0. A bleu_n is 0 where no n-gram is right, as for captions that are shorter than n. One
-        image alone, or captions that are all the same, have cider 0.
+        image alone, or images whose references are all the same, have cider 0.
 
     Raises:
         TypeError: anything but strings. ValueError: no captions, another number of references, a caption without one.

@@ -47,7 +47,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     level = _level("mean_interval", level)
     if not all(map(math.isfinite, numbers)):
         return Interval(math.nan, None, None)
-    mean = math.fsum(numbers) / len(numbers)
+    scale = _scale(numbers)
+    mean = math.fsum(x / scale for x in numbers) / len(numbers) * scale
     if len(numbers) == 1:
         return Interval(mean, None, None)
     half = _t_quantile(level, len(numbers) - 1) * _standard_error(numbers, mean)
@@ -137,7 +138,15 @@ def _standard_error(numbers: Sequence[float], mean: float) -> float:
     if n < 2 or min(numbers) == max(numbers):
         # Exactly 0: the rounded mean of equal numbers may differ from them.
         return 0.0
-    return math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / (n - 1) / n)
+    deviations = [x - mean for x in numbers]
+    scale = _scale(deviations)
+    return math.sqrt(math.fsum((d / scale) ** 2 for d in deviations) / (n - 1) / n) * scale
+
+
+def _scale(numbers: Sequence[float]) -> float:
+    """The power of two below the largest size. Over it sums and squares neither overflow nor vanish, and it rounds
+    nothing."""
+    return 2.0 ** (math.frexp(max(map(abs, numbers)))[1] - 1)
 
 
 def _t_quantile(level: float, freedom: int) -> float:
