@@ -298,3 +298,11 @@ def test_state_copies_and_settings() -> None:
     ]:
         with pytest.raises(error, match=text):
             MixedPairs(**options)
+
+
+def test_the_default_device_changes_no_draw() -> None:
+    batch, model = draw(), net()
+    want = FixMatch(pairs=MixedPairs())(model, batch, generator=rng(1)).loss
+    algorithm, generator = FixMatch(pairs=MixedPairs()), rng(1)
+    with torch.device("meta"):  # for any device that the samples are not on
+        assert algorithm(model, batch, generator=generator).loss == want

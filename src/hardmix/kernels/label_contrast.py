@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix._math import first_only
+from hardmix._math import CPU, first_only
 from hardmix.kernels import tied_mixtures as tied
 
 #: Up to so many rows the Gram matrix is formed whole; above, its parts are formed when they are needed.
@@ -91,7 +91,7 @@ class Part(NamedTuple):
 def label_windows(labels: Tensor, window: float) -> Windows:
     """The windows of sorted labels (M,) float64 on the CPU: a row below is strictly lower, by strictly less than
     `window`, and likewise above."""
-    rows = torch.arange(len(labels))
+    rows = torch.arange(len(labels), device=CPU)
     start = torch.searchsorted(labels, labels)
     stop = torch.searchsorted(labels, labels, right=True)
     # The difference is compared, not the label with a rounded bound; the bound is off by an entry or two at most.
@@ -376,7 +376,10 @@ class _Pairs:
             keep = min(lower, most, max(1, round(math.sqrt(most * lower / upper))))
             other = min(upper, max(1, most // keep))
             drawn = torch.Generator().manual_seed(self.contrast.seed + block.first)
-            rows = torch.randperm(lower, generator=drawn)[:keep], torch.randperm(upper, generator=drawn)[:other]
+            rows = (
+                torch.randperm(lower, generator=drawn, device=CPU)[:keep],
+                torch.randperm(upper, generator=drawn, device=CPU)[:other],
+            )
             left, right = (index.sort().values.to(self.z.device) for index in rows)
             size = max(1, BOX_VALUES // ((block.last - block.first) * other))
             for some in (left + below.start).split(size):

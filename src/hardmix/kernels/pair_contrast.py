@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix._math import first_only, softplus
+from hardmix._math import CPU, first_only, softplus
 
 #: Up to so many rows there is one tile.
 DENSE_ROWS = 1024
@@ -70,11 +70,11 @@ def partner_order(tiles: Sequence[slice]) -> tuple[Tensor, Tensor]:
     one is its own. Both results are (M,): which row is at a place, and the place of its partner.
     """
     rows, done = tiles[-1].stop, 0
-    order, partner = torch.arange(rows), torch.arange(rows)
+    order, partner = torch.arange(rows, device=CPU), torch.arange(rows, device=CPU)
     for tile in tiles:
         half = (tile.stop - tile.start) // 2
         one, other = slice(tile.start, tile.start + half), slice(tile.start + half, tile.start + 2 * half)
-        place = torch.arange(rows)
+        place = torch.arange(rows, device=CPU)
         order[one] = place[done : done + half]
         order[other] = rows - 1 - order[one]
         partner[one], partner[other] = place[other], place[one]

@@ -234,11 +234,11 @@ def label_mixture(
     if components > len(y):
         raise ValueError(f"{who}: components is {components} but labels has {len(y)} entries; pass at most that many.")
     values, counts = y.unique(return_counts=True)  # ascending
-    share = counts / torch.tensor(len(y), dtype=torch.float64)
+    share = counts / y.new_tensor(len(y))
     center = (share * values).sum()
     scale = (share * (values - center).square()).sum().sqrt()
     x = (values - center) / torch.where(scale > 0, scale, 1.0)
-    place = (torch.arange(components, dtype=torch.float64) + 0.5) / components * (len(x) - 1)
+    place = (torch.arange(components, dtype=torch.float64, device=_math.CPU) + 0.5) / components * (len(x) - 1)
     below = place.floor().long()
     means = torch.lerp(x[below], x[(below + 1).clamp(max=len(x) - 1)], place - below)
     weights = torch.full_like(means, 1 / components)

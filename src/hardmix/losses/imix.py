@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix._math import reduce, softplus
+from hardmix._math import CPU, reduce, softplus
 from hardmix.kernels.pair_contrast import Term, pair_contrast
 from hardmix.losses.clip import REDUCTIONS, one_number, unit_pairs
 from hardmix.mixing.draw import given_partner, move
@@ -101,5 +101,5 @@ def _places(who: str, partner: Tensor, rows: int, device: torch.device) -> Tenso
     place = _check.tensor(who, "partner", partner)
     if place.device.type == "cpu":
         return move(given_partner(who, place, rows).partner, device)
-    given_partner(who, torch.zeros(place.shape, dtype=place.dtype), rows)  # for shape and dtype
+    given_partner(who, torch.zeros(place.shape, dtype=place.dtype, device=CPU), rows)  # for shape and dtype
     return place.to(device, torch.long)

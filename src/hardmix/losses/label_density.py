@@ -163,7 +163,7 @@ class FeatureSmoothing(nn.Module):
         near = (torch.arange(bins)[:, None] + torch.arange(-half, half + 1)) % period  # (B, kernel_size)
         near = torch.where(near >= bins, period - near, near).clamp(max=bins - 1)
         self.register_buffer("neighbours", near, persistent=False)
-        self.register_buffer("window", (window / window.sum()).float(), persistent=False)
+        self.register_buffer("window", (window / window.sum()).to(near.device, torch.float32), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, label_range={self.label_range}, bins={self.bins}, momentum={self.momentum:g}"
@@ -251,7 +251,7 @@ def _kernel_window(who: str, kernel: str, kernel_size: int, sigma: float) -> Ten
     if kernel_size % 2 == 0:
         raise ValueError(f"{who}: kernel_size is {kernel_size}; pass an odd number, so that it has a middle.")
     half = kernel_size // 2
-    distance = torch.arange(-half, half + 1, dtype=torch.float64).abs()
+    distance = torch.arange(-half, half + 1, dtype=torch.float64, device=_math.CPU).abs()
     if kernel == "gaussian":
         return (-(distance / sigma).square() / 2).exp()
     return (-distance / sigma).exp() if kernel == "laplace" else 1 - distance / (half + 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import reduce, unit, wide
+from hardmix._math import CPU, reduce, unit, wide
 from hardmix.losses._features import feature_rows
 from hardmix.losses.clip import REDUCTIONS, one_number
 from hardmix.mixing.draw import cpu_generator
@@ -120,5 +120,5 @@ def random_tokens(
     size = (_check.integer(who, "count", count, 1), _check.integer(who, "length", length, 1))
     _check.integer(who, "start", start, 1)
     _check.integer(who, "end", end, 0)
-    drawn = torch.randint(start, size, generator=cpu_generator(who, generator))
-    return torch.cat((torch.full((count, 1), start), drawn, torch.full((count, 1), end)), 1)
+    drawn = torch.randint(start, size, generator=cpu_generator(who, generator), device=CPU)
+    return torch.cat((drawn.new_full((count, 1), start), drawn, drawn.new_full((count, 1), end)), 1)

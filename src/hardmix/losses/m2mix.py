@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import reduce, softplus
+from hardmix._math import CPU, reduce, softplus
 from hardmix.kernels.pair_contrast import Term, pair_contrast
 from hardmix.losses.clip import (
     REDUCTIONS,
@@ -139,7 +139,7 @@ class Scheduled(nn.Module):
             return generator
         generator = cpu_generator(type(self).__name__, generator)
         if self._calls % self.accumulate == 0:
-            self._seed = int(torch.randint(2**63 - 1, (), generator=generator))
+            self._seed = int(torch.randint(2**63 - 1, (), generator=generator, device=CPU))
         self._calls += 1
         return torch.Generator().manual_seed(self._seed)
 

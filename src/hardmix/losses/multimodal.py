@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import softplus, unit, wide
+from hardmix._math import CPU, softplus, unit, wide
 from hardmix.distributed import gather_with_sum, rank_and_size
 from hardmix.kernels.pair_contrast import LOWEST, Term, pair_contrast
 from hardmix.losses.clip import REDUCTIONS, Gathered, one_number
@@ -236,11 +236,11 @@ def _pair(who: str, count: int, pair: tuple[int, int] | None, generator: Generat
     """(2,) positions of two modalities, ascending where they are drawn."""
     cpu_generator(who, generator)
     if pair is None:
-        return torch.randperm(count, generator=generator)[:2].sort().values
+        return torch.randperm(count, generator=generator, device=CPU)[:2].sort().values
     known = isinstance(pair, tuple | list) and all(isinstance(k, int) and 0 <= k < count for k in pair)
     if not known or len(pair) != 2 or pair[0] == pair[1]:
         raise ValueError(f"{who}: pair is {pair!r}; pass two different numbers from 0 to {count - 1}.")
-    return torch.tensor(pair)
+    return torch.tensor(pair, device=CPU)
 
 
 def _gathered(who: str, modalities: Sequence[Tensor], joint: Tensor | None, gather: bool) -> _Rows:

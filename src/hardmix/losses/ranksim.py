@@ -62,7 +62,7 @@ def ranksim_loss(features: Tensor, labels: Tensor, *, step: float = 2.0, reducti
     x = labelled_rows(who, features, labels, name="features", views=False)
     order = x.labels.argsort(stable=True)
     y = x.labels[order]
-    first = torch.ones(len(y), dtype=torch.bool)
+    first = torch.ones_like(y, dtype=torch.bool)
     first[1:] = y[1:] != y[:-1]
     device = x.z.device
     chosen, y = order[first].to(device), y[first].to(device)

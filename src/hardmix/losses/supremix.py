@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
-from hardmix._math import unit
+from hardmix._math import CPU, unit
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
 from hardmix.losses._rows import labelled_rows, reduce_anchors, tied
 from hardmix.mixing.draw import cpu_generator
@@ -192,7 +192,7 @@ class SupReMixLoss(nn.Module):
         self.reduction = reduction
         # On the host like the labels; NaN until it is fitted.
         unknown = float("nan") if label_scale == "std" else float(scale)
-        self.register_buffer("label_scale", torch.tensor(unknown, dtype=torch.float64))
+        self.register_buffer("label_scale", torch.tensor(unknown, dtype=torch.float64, device=CPU))
 
     def fit_labels(self, labels: Tensor) -> None:
         """Take the standard deviation of these labels (N,) as the unit of label distances."""
@@ -277,7 +277,7 @@ def _shares(
         ordered = shares(who, given.detach(), z.device, z.dtype)[order][:, order]
         return lambda first, last: ordered[first:last]
     seed = _seed(generator)
-    shape = torch.tensor(beta, dtype=torch.float32)
+    shape = torch.tensor(beta, dtype=torch.float32, device=CPU)
 
     def draw(first: int, last: int) -> Tensor:
         block = torch.Generator().manual_seed(seed + first)
@@ -289,7 +289,7 @@ def _shares(
 
 def _seed(generator: Generator | None) -> int:
     """One number is drawn and the rest follows from it: loss and gradient ask for the same draws, and keep none."""
-    return int(torch.randint(2**62, (), generator=generator))
+    return int(torch.randint(2**62, (), generator=generator, device=CPU))
 
 
 def _warn_of_a_small_window(who: str, labels: Tensor, windows: Windows) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix._math import unit
+from hardmix._math import CPU, unit
 from hardmix.metrics.retrieval import BLOCK, _sides, as_near, cosines
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 2.5)
@@ -110,8 +110,8 @@ def arithmetic_metrics(
     of_kind: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         of_kind.setdefault(name, []).append(row)
-    by_kind = {name: measured(torch.tensor(chosen)) for name, chosen in of_kind.items()}
-    return {**measured(torch.arange(len(rows))), "kinds": by_kind}
+    by_kind = {name: measured(torch.tensor(chosen, device=CPU)) for name, chosen in of_kind.items()}
+    return {**measured(torch.arange(len(rows), device=CPU)), "kinds": by_kind}
 
 
 def choose_scale(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import wide
+from hardmix._math import CPU, wide
 from hardmix.mixing.draw import cpu_generator
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -74,13 +74,13 @@ def corrupt(images: Tensor, name: str, severity: int, *, generator: Generator | 
 
 def _noise(x: Tensor, strength: float, generator: Generator | None) -> Tensor:
     # Drawn on the CPU in float32 whatever x is, so that every device and dtype sees the same noise.
-    return x + strength * torch.randn(x.shape, generator=generator).to(x)
+    return x + strength * torch.randn(x.shape, generator=generator, dtype=torch.float32, device=CPU).to(x)
 
 
 def _blur(x: Tensor, strength: float, generator: Generator | None) -> Tensor:
     sigma = strength * max(x.shape[2:]) / 32.0
     radius = max(1, round(3.0 * sigma))
-    bell = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma) ** 2)
+    bell = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype, device=CPU) / sigma) ** 2)
     # As two matrix products: on a CPU a convolution of single planes takes ten times as long.
     rows, columns = (_band(length, bell / bell.sum(), radius).to(x.device) for length in x.shape[2:])
     return rows @ x @ columns.mT
@@ -88,7 +88,7 @@ def _blur(x: Tensor, strength: float, generator: Generator | None) -> Tensor:
 
 def _band(length: int, bell: Tensor, radius: int) -> Tensor:
     """(length, length) matrix that filters a line whose end pixels are repeated outwards."""
-    padded = F.pad(torch.eye(length, dtype=bell.dtype)[:, None], (radius, radius), mode="replicate")
+    padded = F.pad(torch.eye(length, dtype=bell.dtype, device=CPU)[:, None], (radius, radius), mode="replicate")
     return F.conv1d(padded, bell.view(1, 1, -1))[:, 0].mT
 
 

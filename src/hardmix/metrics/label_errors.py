@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.metrics.regression import _numbers, shot_metrics
 
 #: Bins of labels without a grid, 0.1 for scores from 0 to 5, and the most labels that a grid may have, such as ages.
@@ -70,7 +71,7 @@ def error_by_label(predictions: Tensor, labels: Tensor, train_labels: Tensor, *,
     low, high = (float(v) for v in torch.cat([y, train]).aminmax())
     if low == high:
         low, high = low - _size(low) / 2, high + _size(high) / 2
-    step = torch.arange(bins + 1, dtype=torch.float64) / bins
+    step = torch.arange(bins + 1, dtype=torch.float64, device=CPU) / bins
     edges = low * (1 - step) + high * step  # both ends exact
     own, trained = (torch.bucketize(v, edges[1:-1], right=True) for v in (y, train))
     count = own.bincount(minlength=bins)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.metrics.robustness import _evaluating
 
 #: more would be more than a thousand subsets
@@ -71,7 +72,7 @@ def _accuracy(
 ) -> float:
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     right = 0
-    for rows in torch.arange(len(labels)).split(batch_size):
+    for rows in torch.arange(len(labels), device=CPU).split(batch_size):
         batch: dict[str, Tensor | None] = dict.fromkeys(inputs)
         for name in there:
             x = inputs[name][rows]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._math import CPU
 
 #: errors below this count as this, so that one exact prediction doesn't make the geometric mean 0
 SMALLEST_ERROR = 1e-10
@@ -135,10 +136,10 @@ def ordinality(
     if count < 2:
         raise ValueError(f"{who}: embeddings has 1 row; pass at least two.")
     if count * (count - 1) // 2 <= pairs:
-        i, j = torch.triu_indices(count, count, 1)
+        i, j = torch.triu_indices(count, count, 1, device=CPU)
     else:
-        i = torch.randint(count, (pairs,), generator=generator)
-        j = torch.randint(count - 1, (pairs,), generator=generator)
+        i = torch.randint(count, (pairs,), generator=generator, device=CPU)
+        j = torch.randint(count - 1, (pairs,), generator=generator, device=CPU)
         j = j + (j >= i)  # any row but i
     # A few thousand pairs at a time: all of them at once would hold pairs x D numbers.
     parts = zip(i.split(4096), j.split(4096), strict=True)

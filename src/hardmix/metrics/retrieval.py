@@ -123,7 +123,7 @@ def _sides(who: str, first: _Side, second: _Side) -> tuple[Tensor, Tensor, Tenso
                 f"{who}: {name} has {len(x)} rows but {other_name} has {len(y)}; pass ids that say which belong "
                 "together."
             )
-        own = other = torch.arange(len(x))
+        own = other = torch.arange(len(x), device=x.device)
     if own is None or other is None:
         raise ValueError(f"{who}: only one of {name} and {other_name} has ids; pass both or neither.")
     ids = []

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.kernels.warp import resize_into_boxes
 from hardmix.metrics.classification import mixed_metrics
 from hardmix.metrics.corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -92,7 +93,7 @@ def patch_order(
     patch = _check.integer("patch_order", "patch", patch, 1)
     cpu_generator("patch_order", generator)
     grid = (-(-size[0] // patch), -(-size[1] // patch))
-    return torch.rand((count, math.prod(grid)), generator=generator).argsort(1), grid
+    return torch.rand((count, math.prod(grid)), generator=generator, dtype=torch.float32, device=CPU).argsort(1), grid
 
 
 def occlude(
@@ -294,7 +295,7 @@ def mixed_accuracy_curve(
     _check.choice(who, "kind", kind, KINDS)
     cpu_generator(who, generator)
     partner = other_class_partner(labels, generator=generator)
-    place = torch.rand((len(images), 2), generator=generator)
+    place = torch.rand((len(images), 2), generator=generator, dtype=torch.float32, device=CPU)
     pairs = torch.stack([labels, labels[partner]], 1)
     curve: dict[str, list[float]] = {key: [] for key in ("lam", "both", "top2", "either", "own", "partner")}
     for lam in lams:
@@ -326,7 +327,7 @@ def other_class_partner(labels: Tensor, *, generator: Generator | None = None) -
     if not bool((others > 0).all()):
         raise ValueError("other_class_partner: labels holds one class only; pass images of at least two classes.")
     # In float64: the product has to stay below `others` for the largest draw.
-    at = (torch.rand(count, dtype=torch.float64, generator=generator) * others).long()
+    at = (torch.rand(count, dtype=torch.float64, generator=generator, device=CPU) * others).long()
     return order[at + (at >= first) * (last - first)]  # step over the rows of the own class
 
 
@@ -345,20 +346,20 @@ def plan_at(kind: str, lam: float, place: Tensor, size: Sequence[int], *, other:
     _check.choice("plan_at", "kind", kind, KINDS)
     lam = _check.between("plan_at", "lam", lam, 0.0, 1.0)
     rows = place.shape[0]
-    partner = torch.arange(rows)
+    partner = torch.arange(rows, device=CPU)
     if kind == "mixup":
-        return MixPlan(partner, torch.full((rows,), lam), other=other)
+        return MixPlan(partner, torch.full((rows,), lam, device=CPU), other=other)
     height, width = size
     if kind == "fmix":
         draws = torch.Generator().manual_seed(int(place[0, 0].double() * 2**62))
-        keep = torch.full((rows,), round(lam * height * width))
+        keep = torch.full((rows,), round(lam * height * width), device=CPU)
         mask = low_frequency_mask(keep, (height, width), FMIX_DECAY, "isotropic", draws)[:, None]
         return MixPlan(partner, keep / (height * width), mask.to(torch.float32), other=other)
     area = (1.0 - lam) * height * width
     tall = min(height, max(1, round(height * math.sqrt(1.0 - lam))))
     wide = min(width, round(area / tall))
-    side = torch.tensor([tall, wide])
-    start = (place * (torch.tensor([height, width]) - side + 1)).long()
+    side = torch.tensor([tall, wide], device=CPU)
+    start = (place * (torch.tensor([height, width], device=CPU) - side + 1)).long()
     box = torch.stack([start, start + side], 2)  # (N, 2, 2)
     if kind == "resizemix" and other is not None and box[0].diff(dim=1).all():
         other = resize_into_boxes(other, partner, box)

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.metrics.pair_calibration import _scale, query_calibration
 from hardmix.metrics.retrieval import _unit, retrieval_ranks
 from hardmix.mixing.draw import cpu_generator
@@ -104,7 +105,7 @@ def zero_shot_metrics(
     labels = _labels(who, "labels", labels, "image_features", len(images))
     _check.classes_in_range(who, "labels", labels, len(texts))
     scale = _scale(who, logit_scale, images)
-    classes = torch.arange(len(texts))
+    classes = torch.arange(len(texts), device=CPU)
     calibration = query_calibration(images, texts, scale, query_ids=labels, candidate_ids=classes)
     ranks = retrieval_ranks(images, texts, query_ids=labels, candidate_ids=classes)
     first = (ranks == 1).double()
@@ -217,12 +218,12 @@ class _Probe:
 
 def _place_in_class(labels: Tensor, generator: Generator | None) -> Tensor:
     """(S,) the place of each sample in a random order of its class, from 0."""
-    order = torch.rand(len(labels), generator=generator, dtype=torch.float64).argsort()
+    order = torch.rand(len(labels), generator=generator, dtype=torch.float64, device=CPU).argsort()
     order = order[labels[order].argsort(stable=True)]  # class after class, each in random order
     sizes = labels.unique(return_counts=True)[1]
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) - first
+    place[order] = torch.arange(len(order), device=CPU) - first
     return place
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.losses.decoupled import DecoupledMixupLoss
 from hardmix.losses.soft_cross_entropy import SoftCrossEntropyLoss
 from hardmix.mixing.draw import move
@@ -94,7 +95,7 @@ class MixedPairs(nn.Module):
         """(mixed samples, target) of pairs x[i], u[i]: target labels (y, pseudo), weights (lam, 1 - lam). (B, ...)"""
         n = len(x)
         pool = torch.cat([x, u])
-        back = torch.arange(2 * n).roll(n)
+        back = torch.arange(2 * n, device=CPU).roll(n)
         plan = self.policy.plan(pool, generator=generator, partner=back)
         # Each row's own mask is kept; whether it shows the labelled sample or the other one is decided by its share.
         own_is_labelled = torch.ones(n, dtype=torch.bool, device=x.device)
@@ -134,7 +135,7 @@ class MixedPairs(nn.Module):
 def partners(count: int, rows: int, generator: Generator | None) -> Tensor:
     """(count,) row numbers below `rows` in random order; none twice before all were once."""
     passes = -(-count // rows)
-    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])[:count]
+    return torch.cat([torch.randperm(rows, generator=generator, device=CPU) for _ in range(passes)])[:count]
 
 
 def check_pairs(who: str, pairs: object) -> MixedPairs | None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.distributed import gather_rows
 from hardmix.mixing.draw import move
 from hardmix.mixing.static import Mixup
@@ -159,7 +160,7 @@ class ReMixMatch(SemiAlgorithm):
 def rotate(images: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Each image (N, C, S, S) turned by 0 to 3 quarters, all equally likely, in an order of their own; and the (N,)
     number of quarters."""
-    count = torch.randint(4, (len(images),), generator=generator)
+    count = torch.randint(4, (len(images),), generator=generator, device=CPU)
     order = count.argsort(stable=True)
     sizes = torch.bincount(count, minlength=4).tolist()
     pieces = images[move(order, images.device)].split(sizes)
