@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hardmix.mixing import CutMix, ManifoldMixup, RandomChoice, Scheduled
+from hardmix.models.on_pixels import OnPixels
 from mixing.cases import rng
 from mixing.vits import tiny_vit
 
@@ -324,6 +325,17 @@ def test_layers_that_are_wrapped_where_they_are_go_on() -> None:
     model.layer2 = Wrapper(Wrapper(model.layer2))
     mix(X, Y)
     assert not torch.equal(model(X), net()(X))
+
+
+def test_a_model_with_the_names_of_its_part() -> None:
+    model = net()
+    outer = OnPixels(model, nn.Identity())
+    mix = ManifoldMixup(outer, ["layer2.1"], include_input=False)
+    mix(X, Y)
+    assert not torch.equal(outer(X), net()(X))
+    del model.layer2
+    with pytest.raises(RuntimeError, match=r"layer 'layer2\.1' was replaced"):
+        mix(X, Y)
 
 
 class Pair(NamedTuple):

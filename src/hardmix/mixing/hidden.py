@@ -165,8 +165,12 @@ def find_module(who: str, argument: str, model: nn.Module, name: str) -> nn.Modu
 
 def _leads_to(model: nn.Module, name: str, module: nn.Module | None) -> bool:
     """Whether the submodule of this name is `module` yet, or a wrapper of it (compiled, distributed, checkpointed)."""
-    found: nn.Module | None = model
-    for part in name.split("."):
+    first, *rest = name.split(".")
+    try:
+        found: nn.Module | None = model.get_submodule(first)  # names may be those of a part of the model
+    except AttributeError:
+        return False
+    for part in rest:
         while found is not None and part not in found._modules:
             found = _wrapped(found)
         found = None if found is None else found._modules[part]
