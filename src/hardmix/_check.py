@@ -8,63 +8,80 @@ exceptions, `classes_in_range` and `finite`, look at values only where the tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hardmix._math import is_transformed
 
+#: of integers: no tensor holds them, and seeds may be as large as this
+TOO_LARGE = 2**64
+
+
+def shown(value: object) -> str:
+    """A value in a message, in one line: its kind where what Python writes has more of them."""
+    if isinstance(value, int) and abs(value) >= TOO_LARGE:
+        return "an integer beyond 64 bits"
+    text = repr(value)
+    return text if "\n" not in text else f"a {type(value).__name__}"
+
 
 def number(who: str, name: str, value: object) -> float:
     """A finite Python number (bool excluded), returned as float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number.")
-    return float(value)
+    x = _as_float(value)
+    if not math.isfinite(x):
+        raise _type_or_value(value, f"{who}: {name} is {shown(value)}; pass a finite number.")
+    return x
 
 
 def positive(who: str, name: str, value: object) -> float:
     """A finite number greater than 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number greater than 0.")
-    return float(value)
+    x = _as_float(value)
+    if not (math.isfinite(x) and x > 0):
+        raise _type_or_value(value, f"{who}: {name} is {shown(value)}; pass a finite number greater than 0.")
+    return x
 
 
 def non_negative(who: str, name: str, value: object) -> float:
     """A finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a finite number of at least 0.")
-    return float(value)
+    x = _as_float(value)
+    if not (math.isfinite(x) and x >= 0):
+        raise _type_or_value(value, f"{who}: {name} is {shown(value)}; pass a finite number of at least 0.")
+    return x
 
 
 def between(who: str, name: str, value: object, low: float, high: float) -> float:
     """A number in the closed interval [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass a number from {low:g} to {high:g}.")
-    return float(value)
+    x = _as_float(value)
+    if not low <= x <= high:
+        raise _type_or_value(value, f"{who}: {name} is {shown(value)}; pass a number from {low:g} to {high:g}.")
+    return x
 
 
 def integer(who: str, name: str, value: object, low: int) -> int:
     """An integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise _type_or_value(value, f"{who}: {name} is {value!r}; pass an integer of at least {low}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < TOO_LARGE:
+        raise _type_or_value(value, f"{who}: {name} is {shown(value)}; pass an integer of at least {low}.")
     return value
 
 
 def boolean(who: str, name: str, value: object) -> bool:
     """True or False, not something that counts as one."""
     if not isinstance(value, bool):
-        raise TypeError(f"{who}: {name} is {value!r}; pass True or False.")
+        raise TypeError(f"{who}: {name} is {shown(value)}; pass True or False.")
     return value
 
 
 def interval(who: str, name: str, value: object, low: float, high: float) -> tuple[float, float]:
     """A pair (a, b) of numbers with low <= a <= b <= high."""
     ends = list(value) if isinstance(value, Sequence) else []
-    numbers = [float(end) for end in ends if isinstance(end, (int, float)) and not isinstance(end, bool)]
-    if not (len(ends) == len(numbers) == 2 and low <= numbers[0] <= numbers[1] <= high):
-        raise ValueError(f"{who}: {name} is {value!r}; pass two numbers a <= b between {low:g} and {high:g}.")
+    numbers = [_as_float(end) for end in ends]
+    if not (len(numbers) == 2 and low <= numbers[0] <= numbers[1] <= high):
+        raise ValueError(f"{who}: {name} is {shown(value)}; pass two numbers a <= b between {low:g} and {high:g}.")
     return numbers[0], numbers[1]
 
 
@@ -72,9 +89,10 @@ def choice(who: str, name: str, value: object, options: Iterable[str]) -> str:
     """One of a few names; the nearest one is offered."""
     names = list(options)
     if not isinstance(value, str) or value not in names:
+        near = did_you_mean(str(value), names)
         raise _type_or_value(
             value if value is None or isinstance(value, str) else None,
-            f"{who}: {name} is {value!r}; pass one of {', '.join(map(repr, names))}{did_you_mean(str(value), names)}.",
+            f"{who}: {name} is {shown(value)}; pass one of {', '.join(map(repr, names))}{near}.",
         )
     return value
 
@@ -83,6 +101,21 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     """' (did you mean "x"?)' for the nearest name, or an empty string."""
     near = get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def sequence(who: str, name: str, value: object, of: str) -> list[Any]:
+    """What can be gone through, as a list; a text is one value and not its letters."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        with suppress(TypeError):  # a tensor without axes only looks as if it could be
+            return list(value)
+    raise TypeError(f"{who}: {name} is {shown(value)}; pass a sequence of {of}.")
+
+
+def mapping(who: str, name: str, value: object, of: str) -> Mapping[str, Any]:
+    """A dict or the like."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{who}: {name} is a {type(value).__name__}; pass a dict of {of}.")
+    return value
 
 
 def tensor(who: str, name: str, value: object) -> Tensor:
@@ -164,6 +197,13 @@ def finite(who: str, name: str, x: Tensor) -> None:
             f"{who}: {name} holds NaN or infinity in rows {', '.join(map(str, rows[:5]))}{more}; "
             "repair or leave out these samples."
         )
+
+
+def _as_float(value: object) -> float:
+    """A Python number as a float; NaN for anything else, and for integers that torch has no type for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if isinstance(value, float) or abs(value) < TOO_LARGE else math.nan
 
 
 def _type_or_value(value: object, message: str) -> Exception:

@@ -224,6 +224,13 @@ def test_bad_arguments_are_named(
         (lambda: arithmetic_metrics(X, X, R, scale=-1.0), ValueError, "arithmetic_metrics: scale is -1.0; pass a fini"),
         (lambda: arithmetic_queries(X, X, R, math.nan), ValueError, "arithmetic_queries: scale is nan; pass a finite"),
         (lambda: arithmetic_metrics(X, X, R, ks=(0,)), ValueError, "arithmetic_metrics: ks is 0; pass an integer of a"),
+        (lambda: arithmetic_metrics(X, X, R, ks=1), TypeError, "arithmetic_metrics: ks is 1; pass a sequence of integ"),
+        (
+            lambda: arithmetic_metrics(X, X, R, kinds="a"),
+            TypeError,
+            "arithmetic_metrics: kinds is 'a'; pass a sequence",
+        ),
+        (lambda: choose_scale(X, X, R, scales=1.0), TypeError, r"choose_scale: scales is 1\.0; pass a sequence of num"),
         (lambda: arithmetic_metrics(X, X, R, kinds=["a", "b"]), ValueError, "arithmetic_metrics: kinds has 2 entries"),
         (
             lambda: arithmetic_metrics(X, X, R, candidates=R),

@@ -140,6 +140,11 @@ def test_dtypes_agree(dtype):
         (lambda: fit_temperature(torch.zeros(2, 2), torch.tensor([0, 2])), ValueError, "holds the class 2"),
         (lambda: fit_temperature(torch.zeros(2, 2), torch.zeros(2)), ValueError, "pass .N,. integer class ids"),
         (lambda: calibration_metrics(torch.zeros(2, 2), torch.zeros(2).long(), 0.0), ValueError, "temperature is 0.0"),
+        (
+            lambda: calibration_metrics(torch.zeros(2, 2), torch.zeros(2).long(), bins=10**30),
+            ValueError,
+            "^calibration_metrics: bins is an integer beyond 64 bits; pass an integer of at least 1",
+        ),
         (lambda: adaptive_calibration_error(torch.ones(2, 2), torch.zeros(2).long()), ValueError, "not probabilities"),
         (lambda: adaptive_calibration_error(torch.eye(2), torch.zeros(2).long(), bins=0), ValueError, "bins is 0"),
         (lambda: fit_temperature([[0.0]], torch.zeros(1)), TypeError, "logits is a list"),

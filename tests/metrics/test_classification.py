@@ -170,6 +170,16 @@ GOOD = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]])
             "class 3, but probs has 3 columns",
         ),
         (lambda: reliability(GOOD, torch.tensor([0, -1])), ValueError, "reliability: labels holds the class -1"),
+        (
+            lambda: classification_metrics(GOOD, torch.tensor([0, 1]), bins=0),
+            ValueError,
+            "^classification_metrics: bins",
+        ),
+        (
+            lambda: reliability(GOOD, torch.tensor([0, 9]).to(torch.uint16)),
+            ValueError,
+            "reliability: labels holds the class 9",
+        ),
         (lambda: classification_metrics(GOOD, torch.tensor([0])), ValueError, r"labels has shape \(1,\).*2 rows"),
         (lambda: classification_metrics(GOOD, torch.tensor([0.0, 1.0])), TypeError, "pass integer class ids"),
         (lambda: classification_metrics([[0.5, 0.5]], torch.tensor([0])), TypeError, "probs is a list"),

@@ -273,6 +273,7 @@ ONE, TWO = torch.zeros(3), torch.zeros(3, 2)
         (lambda: shot_errors(ONE, ONE, ONE, few=9), ValueError, "many is 2 but few is 9; pass few <= many"),
         (lambda: shot_errors(ONE, ONE, ONE, many=1.5), ValueError, "many is 1.5; pass an integer"),
         (lambda: shot_bins(ONE, bin_width=0.0), ValueError, "shot_bins: bin_width is 0.0"),
+        (lambda: shot_errors(ONE, ONE, ONE, bin_width=0.0), ValueError, "shot_errors: bin_width is 0.0"),
         (
             lambda: shot_bins(torch.arange(9), bin_width=1e-310),
             ValueError,

@@ -79,12 +79,15 @@ def test_what_is_frozen_stays_in_evaluation_mode() -> None:
 def test_a_function_is_a_model_too() -> None:
     found = evaluate_missing(lambda x: x["a"], {"a": torch.eye(3)}, torch.tensor([0, 1, 0]))
     assert found == {"a": pytest.approx(2 / 3)}
+    assert evaluate_missing(lambda x: x["a"], {"a": torch.eye(3)}, torch.arange(3).to(torch.uint16)) == {"a": 1.0}
 
 
 A = torch.eye(3)
 L = torch.arange(3)
 CALLS = [
     ((A.argmax, {"a": A}, L.float()), TypeError, "labels has shape (3,) and dtype torch.float32; pass (N,) integers."),
+    ((None, {"a": A}, L), TypeError, "model is a NoneType; pass a torch.nn.Module or a function."),
+    ((A.argmax, [A], L), TypeError, "inputs is a list; pass a dict of tensors by name."),
     ((A.argmax, {}, L), ValueError, "inputs has 0 entries; pass 1 to 10."),
     ((A.argmax, {str(k): A for k in range(11)}, L), ValueError, "inputs has 11 entries; pass 1 to 10."),
     ((A.argmax, {"a": A[:2]}, L), ValueError, "labels has 3 entries but a has 2 rows; pass one entry per row."),

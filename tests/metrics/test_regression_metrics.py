@@ -191,6 +191,7 @@ ONE, TWO = torch.zeros(3), torch.zeros(3, 2)
         (lambda: shot_metrics(ONE, ONE, ONE[:0]), ValueError, r"train_labels has shape \(0,\)"),
         (lambda: ordinality(TWO[:1], ONE[:1]), ValueError, "embeddings has 1 row; pass at least two"),
         (lambda: ordinality(TWO, ONE, pairs=0), ValueError, "pairs is 0"),
+        (lambda: ordinality(TWO, ONE, generator="x"), TypeError, "generator is a str; pass a torch.Generator or None"),
         (lambda: ordinality(TWO, ONE[:2]), ValueError, "labels has 2 entries but embeddings has 3 rows"),
         (lambda: local_linearity(TWO / 0, ONE), ValueError, "embeddings holds NaN or infinity in rows 0, 1, 2"),
         (lambda: local_linearity(TWO, ONE, neighbours=3), ValueError, "neighbours is 3; pass an even number"),

@@ -214,6 +214,7 @@ X = torch.eye(3)
         (lambda: retrieval_metrics(X.long(), X), TypeError, "image_features has dtype torch.int64; pass floating"),
         (lambda: retrieval_metrics([1], X), TypeError, "image_features is a list; pass a torch.Tensor"),
         (lambda: retrieval_metrics(X, X, ks=(0,)), ValueError, "ks is 0; pass an integer of at least 1"),
+        (lambda: retrieval_metrics(X, X, ks=5), TypeError, "ks is 5; pass a sequence of integers"),
         (
             lambda: retrieval_metrics(X, X * torch.tensor([1, 0, 1])[:, None]),
             ValueError,

@@ -113,6 +113,8 @@ def test_holm_is_between_the_plain_p_and_bonferroni(p_values: list[float]) -> No
         (lambda: mean_interval([1.0], level=1.0), ValueError, "level is 1.0"),
         (lambda: mean_interval([1.0], level=95), ValueError, "level is 95"),
         (lambda: paired_test([1.0], [1.0, 2.0]), ValueError, "paired_test: a has 1 values but b has 2"),
+        (lambda: mean_interval("12"), TypeError, "values is '12'; pass a sequence of numbers"),
+        (lambda: holm(0.1), TypeError, r"holm: p_values is 0\.1; pass a sequence of numbers"),
         (lambda: holm([0.5, 1.5]), ValueError, "p_values is 1.5"),
     ],
 )

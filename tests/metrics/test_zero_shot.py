@@ -346,6 +346,9 @@ def test_bad_prompts(value: object, error: type[Exception], message: str) -> Non
             r"support_labels has shape \(3,\) and dtype torch.flo",
         ),
         (lambda: few_shot_metrics(X, Y, {}, ks=(0,)), ValueError, "ks is 0; pass an integer of at least 1"),
+        (lambda: few_shot_metrics(X, Y, {}, ks=2), TypeError, "ks is 2; pass a sequence of integers"),
+        (lambda: few_shot_metrics(X, Y, None), TypeError, "tests is a NoneType; pass a dict of features and labels"),
+        (lambda: few_shot_metrics(X, Y, {"a": 1}), TypeError, r"tests\['a'\] is a int; pass features and labels"),
         (lambda: few_shot_metrics(X, Y, {}, draws=0), ValueError, "draws is 0; pass an integer of at least 1"),
         (lambda: few_shot_metrics(X, Y, {}, generator=3), TypeError, "generator is a int; pass a torch.Generator"),
         (

@@ -116,3 +116,5 @@ def test_refusals() -> None:
         BSS(model=model)(lambda x: x, SemiBatch(torch.zeros(2, 4), torch.tensor([0, 1])))
     with pytest.raises(ValueError, match=r"spectral_shrinkage: features has shape \(3,\); pass a batch with 2 axes"):
         spectral_shrinkage(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"spectral_shrinkage: features holds NaN or infinity in rows 0, 1; repair"):
+        spectral_shrinkage(torch.full((2, 2), float("nan")))

@@ -171,6 +171,13 @@ def test_settings() -> None:
             r"batch\.y holds the class 4, but there are 4 classes; pass class",
         ),
         ({"y": torch.tensor([0, -1, 1])}, ValueError, r"batch\.y holds the class -1, but there are 4 classes"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"batch\.x is a number; pass \(B, \.\.\.\) labelled samples\."),
+        ({"views": None}, TypeError, r"FixMatch: batch\.views is a NoneType; pass a tuple of tensors, or \(\)\."),
+        (
+            {"x": torch.rand(3), "views": (torch.tensor(1.0),) * 2},
+            ValueError,
+            r"the weak view has shape \(\), the labelled samples \(3,\)",
+        ),
         ({"views": ()}, ValueError, r"FixMatch: batch\.views holds 0 views; pass 2: weak, strong\."),
         ({"views": (torch.rand(6, 6),) * 3}, ValueError, r"batch\.views holds 3 views; pass 2: weak, strong\."),
         ({"views": ([0], [1])}, TypeError, r"batch\.views \(weak\) is a list; pass a torch\.Tensor\."),
@@ -210,6 +217,14 @@ def test_what_is_no_batch_and_no_classifier() -> None:
             ValueError, match=rf"model gave {got}.* for 15 samples; pass a model that gives \(N, C\) log"
         ):
             FixMatch()(model, batch)
+    for algorithm in (FixMatch(), FixMatch(joint=False)):
+        with pytest.raises(
+            ValueError, match=r"model gave \d+ rows for \d+ samples; pass a model that gives a row for e"
+        ):
+            algorithm(lambda x: net()(x)[:-1], batch)
+    for algorithm in (FixMatch(), FixMatch(pairs=MixedPairs())):
+        with pytest.raises(TypeError, match=r"FixMatch: generator is a str; pass a torch\.Generator or None\."):
+            algorithm(net(), batch, generator="x")
 
 
 def test_narrow_integers_are_classes() -> None:
@@ -318,6 +333,8 @@ def test_heads_that_are_not_there() -> None:
     assert find_head("X", model, "body") is model[0]
     with pytest.raises(ValueError, match=r"X: head names 'heat', which is no linear layer of the model \(did you mean"):
         find_head("X", model, "heat")
+    with pytest.raises(TypeError, match=r"X: head is 1; pass the name of a linear layer of the model\."):
+        find_head("X", model, 1)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"X: the model has no linear layer to read features in front of; pass one that"
     ):

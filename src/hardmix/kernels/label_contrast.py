@@ -72,10 +72,10 @@ class Contrast(NamedTuple):
     windows: Windows
     temperature: float
     weight: Callable[[Tensor], Tensor] | None
-    inclusive: Callable[[int, int], Tensor] | None
-    exclusive: bool
-    normalize: bool
-    detach: bool
+    inclusive: Callable[[int, int], Tensor] | None = None
+    exclusive: bool = False
+    normalize: bool = False
+    detach: bool = False
     most: int | None = None
     seed: int = 0
 

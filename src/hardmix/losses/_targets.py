@@ -47,8 +47,7 @@ def check_options(
 ) -> None:
     """The settings of an objective, wherever they are given: to the module or to the function."""
     _check.non_negative(who, "eta", eta)
-    if not isinstance(asymmetric, bool):
-        raise TypeError(f"{who}: asymmetric is {asymmetric!r}; pass True or False.")
+    _check.boolean(who, "asymmetric", asymmetric)
     if weight is not None:
         _check.tensor(who, "weight", weight)
         if weight.ndim != 1 or not weight.is_floating_point():
@@ -56,7 +55,7 @@ def check_options(
                 f"{who}: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; pass (C,) floats."
             )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{who}: ignore_index is {ignore_index!r}; pass an integer.")
+        raise TypeError(f"{who}: ignore_index is {_check.shown(ignore_index)}; pass an integer.")
     _check.between(who, "label_smoothing", label_smoothing, 0.0, 1.0)
     _check.choice(who, "reduction", reduction, REDUCTIONS)
 

@@ -163,8 +163,7 @@ class BalancedMSELoss(nn.Module):
         self.kind = _check.choice(who, "kind", kind, KINDS)
         self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
         self.initial_sigma = _check.positive(who, "noise_sigma", noise_sigma)
-        if not isinstance(learn_sigma, bool):
-            raise TypeError(f"{who}: learn_sigma is {learn_sigma!r}; pass True or False.")
+        _check.boolean(who, "learn_sigma", learn_sigma)
         if (mixture is None) == (kind == "gai"):
             got = "None" if mixture is None else "given"
             instead = "what label_mixture fits to the training labels" if mixture is None else "it only with kind='gai'"

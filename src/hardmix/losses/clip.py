@@ -88,7 +88,7 @@ class _PairLoss(nn.Module):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        self.normalize = flag(who, "normalize", normalize)
+        self.normalize = _check.boolean(who, "normalize", normalize)
         self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
         self.gather = check_processes(who, gather, open_clip)
 
@@ -238,7 +238,7 @@ def gathered(who: str, image_features: Tensor, text_features: Tensor, gather: bo
 
 def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -> bool:
     """`gather`, once open_clip's keywords are known to ask for nothing else."""
-    gather = flag(who, "gather", gather)
+    gather = _check.boolean(who, "gather", gather)
     own = dict(zip(("rank", "world_size"), rank_and_size(), strict=True))
     for name, value in open_clip.items():
         if name not in own and name not in OPEN_CLIP:
@@ -246,7 +246,7 @@ def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -
             raise TypeError(f"{who}: there is no setting {name!r}{hint}; leave it out.")
         if gather and name in own and value != own[name]:
             raise ValueError(
-                f"{who}: {name} is {value!r} but that of the process group is {own[name]}; call "
+                f"{who}: {name} is {_check.shown(value)} but that of the process group is {own[name]}; call "
                 "torch.distributed.init_process_group first, or pass gather=False to compare no other process's pairs."
             )
         if name == "use_horovod" and value:
@@ -254,18 +254,11 @@ def check_processes(who: str, gather: object, open_clip: Mapping[str, object]) -
     return gather
 
 
-def flag(who: str, name: str, value: object) -> bool:
-    """True or False, and nothing that only counts as one of them."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{who}: {name} is {value!r}; pass True or False.")
-    return value
-
-
 def unit_pairs(
     who: str, image_features: Tensor, text_features: Tensor, *, normalize: bool = True, empty: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Checked features (N, D) as rows of length 1 in float32 or wider; N = 0 only where that may be."""
-    flag(who, "normalize", normalize)
+    _check.boolean(who, "normalize", normalize)
     features = []
     for name, value in (("image_features", image_features), ("text_features", text_features)):
         x = _check.tensor(who, name, value)

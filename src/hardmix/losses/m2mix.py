@@ -16,7 +16,6 @@ from hardmix.losses.clip import (
     Gathered,
     check_processes,
     cross_entropy,
-    flag,
     gathered,
     one_number,
     unit_pairs,
@@ -120,9 +119,11 @@ class Scheduled(nn.Module):
         super().__init__()
         who = type(self).__name__
         if schedule not in (None, "inverse"):
-            raise ValueError(f"{who}: schedule is {schedule!r}; pass 'inverse', or None for a constant weight.")
+            raise ValueError(
+                f"{who}: schedule is {_check.shown(schedule)}; pass 'inverse', or None for a constant weight."
+            )
         self.schedule = schedule
-        self.normalize = flag(who, "normalize", normalize)
+        self.normalize = _check.boolean(who, "normalize", normalize)
         self.accumulate = _check.integer(who, "accumulate", accumulate, 1)
         self.gather = check_processes(who, gather, open_clip)
         self._calls, self._seed = 0, 0

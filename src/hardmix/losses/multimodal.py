@@ -154,9 +154,7 @@ class GMCLoss(nn.Module):
         check_draws(who, alpha, 1, "batch")
         self.alpha = float(alpha)
         self.reduction = _check.choice(who, "reduction", reduction, REDUCTIONS)
-        if not isinstance(gather, bool):
-            raise TypeError(f"{who}: gather is {gather!r}; pass True or False.")
-        self.gather = gather
+        self.gather = _check.boolean(who, "gather", gather)
 
     def extra_repr(self) -> str:
         mixed = "" if self.m2 is None else f", replace={self.replace!r}, alpha={self.alpha:g}"
@@ -239,7 +237,7 @@ def _pair(who: str, count: int, pair: tuple[int, int] | None, generator: Generat
         return torch.randperm(count, generator=generator, device=CPU)[:2].sort().values
     known = isinstance(pair, tuple | list) and all(isinstance(k, int) and 0 <= k < count for k in pair)
     if not known or len(pair) != 2 or pair[0] == pair[1]:
-        raise ValueError(f"{who}: pair is {pair!r}; pass two different numbers from 0 to {count - 1}.")
+        raise ValueError(f"{who}: pair is {_check.shown(pair)}; pass two different numbers from 0 to {count - 1}.")
     return torch.tensor(pair, device=CPU)
 
 

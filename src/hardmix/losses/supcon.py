@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hardmix.losses.supremix import check_options, supremix_loss
+from hardmix.kernels.label_contrast import Contrast, label_windows
+from hardmix.losses._rows import labelled_rows
+from hardmix.losses.supremix import check_options, contrast_of_sorted, label_weight, sorted_labels
 
 
 def supcon_loss(
@@ -31,17 +33,17 @@ def supcon_loss(
     >>> round(supcon_loss(torch.eye(4), torch.tensor([0, 0, 1, 1])).item(), 4)   # three equal cosines: log 3
     1.0986
     """
-    return supremix_loss(
-        embeddings,
-        labels,
+    who = "supcon_loss"
+    check_options(who, None, temperature, (1.0, 1.0), weighting, label_scale, label_tolerance, False, reduction)
+    x = labelled_rows(who, embeddings, labels)
+    y, order = sorted_labels(x, label_tolerance)
+    contrast = Contrast(
+        labels=y,
+        windows=label_windows(y, 0.0),
         temperature=temperature,
-        weighting=weighting,
-        label_scale=label_scale,
-        label_tolerance=label_tolerance,
-        reduction=reduction,
-        mix_neg=False,
-        mix_pos=False,
+        weight=label_weight(weighting, label_scale),
     )
+    return contrast_of_sorted(x, order, contrast, reduction)
 
 
 class SupConLoss(nn.Module):

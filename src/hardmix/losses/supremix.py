@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from hardmix import _check
 from hardmix._math import CPU, unit
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
-from hardmix.losses._rows import labelled_rows, reduce_anchors, tied
+from hardmix.losses._rows import LabelledRows, labelled_rows, reduce_anchors, tied
 from hardmix.mixing.draw import cpu_generator
 from hardmix.mixing.geodesic import shares
 
@@ -114,27 +114,44 @@ def supremix_loss(
         _check.integer(who, "max_mixtures", max_mixtures, 1)
     cpu_generator(who, generator)
     x = labelled_rows(who, embeddings, labels)
-    y = tied(x.labels, label_tolerance)
-    order = y.argsort(stable=True)
-    y = y[order]
+    y, order = sorted_labels(x, label_tolerance)
     windows = label_windows(y, float(window) if mix_pos and window is not None else 0.0)
     if mix_pos:
         _warn_of_a_small_window(who, y, windows)
-    device = x.z.device
-    shares = _shares(who, lam, beta, order, x.z, generator) if mix_neg else None
-    weight = WEIGHTINGS[weighting]
+    anchor_shares = _shares(who, lam, beta, order, x.z, generator) if mix_neg else None
     contrast = Contrast(
-        labels=y if device.type == "mps" else y.to(device),  # Apple's has no float64
+        labels=y,
         windows=windows,
         temperature=temperature,
-        weight=None if weight is None else lambda distance: weight(distance / label_scale),
-        inclusive=shares,
+        weight=label_weight(weighting, label_scale),
+        inclusive=anchor_shares,
         exclusive=mix_pos,
         normalize=normalize_mixtures,
         detach=detach_mixtures,
         most=max_mixtures,
         seed=_seed(generator) if max_mixtures is not None and mix_pos else 0,
     )
+    return contrast_of_sorted(x, order, contrast, reduction)
+
+
+def sorted_labels(x: LabelledRows, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The labels (M,) in ascending order, and the rows that they belong to."""
+    y = tied(x.labels, tolerance)
+    order = y.argsort(stable=True)
+    return y[order], order
+
+
+def label_weight(weighting: str, label_scale: float) -> Callable[[Tensor], Tensor] | None:
+    """Factor of a pair by its label distance; None for 1."""
+    weight = WEIGHTINGS[weighting]
+    return None if weight is None else lambda distance: weight(distance / label_scale)
+
+
+def contrast_of_sorted(x: LabelledRows, order: Tensor, contrast: Contrast, reduction: str) -> Tensor:
+    """The contrast of rows with labels in this order, reduced in their own."""
+    device = x.z.device
+    if device.type != "mps":  # Apple's has no float64
+        contrast = contrast._replace(labels=contrast.labels.to(device))
     place = order.to(device)
     loss, count = label_contrast(unit(x.z)[place], contrast)
     back = place.argsort()
@@ -254,14 +271,16 @@ def check_options(
     reduction: str,
 ) -> None:
     _check.positive(who, "temperature", temperature)
-    _check.interval(who, "beta", sorted(beta) if isinstance(beta, (tuple, list)) else beta, 1.0, 1e6)
+    numbers = isinstance(beta, (tuple, list)) and all(isinstance(value, (int, float)) for value in beta)
+    _check.interval(who, "beta", sorted(beta) if numbers else beta, 1.0, 1e6)
     _check.choice(who, "weighting", weighting, WEIGHTINGS)
     _check.positive(who, "label_scale", label_scale)
     _check.non_negative(who, "label_tolerance", label_tolerance)
     _check.choice(who, "reduction", reduction, REDUCTIONS)
     if mix_pos and (isinstance(window, bool) or not isinstance(window, (int, float)) or not window > 0):
         raise ValueError(
-            f"{who}: window is {window!r}; pass how far apart labels may be mixed, in their own unit, or mix_pos=False."
+            f"{who}: window is {_check.shown(window)}; pass how far apart labels may be mixed, in their own unit, or "
+            "mix_pos=False."
         )
 
 

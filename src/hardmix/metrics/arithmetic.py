@@ -91,9 +91,9 @@ def arithmetic_metrics(
     """
     who = "arithmetic_metrics"
     scale = _check.non_negative(who, "scale", scale)
-    cuts = [_check.integer(who, "ks", k, 1) for k in ks]
+    cuts = [_check.integer(who, "ks", k, 1) for k in _check.sequence(who, "ks", ks, "integers")]
     images, texts, rows = _checked(who, image_features, text_features, relations)
-    names = [] if kinds is None else list(kinds)
+    names = [] if kinds is None else _check.sequence(who, "kinds", kinds, "words, one per relation")
     if kinds is not None and len(names) != len(rows):
         raise ValueError(f"{who}: kinds has {len(names)} entries but relations has {len(rows)} rows; pass one per row.")
     pool = _candidates(who, candidates, rows, len(images))
@@ -142,7 +142,7 @@ def choose_scale(
     1.0
     """
     who = "choose_scale"
-    tried = [_check.non_negative(who, "scales", scale) for scale in scales]
+    tried = [_check.non_negative(who, "scales", scale) for scale in _check.sequence(who, "scales", scales, "numbers")]
     if not tried:
         raise ValueError(f"{who}: scales is empty; pass at least one.")
     images, texts, rows = _checked(who, image_features, text_features, relations)

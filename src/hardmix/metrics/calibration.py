@@ -124,6 +124,7 @@ def calibration_metrics(logits: Tensor, labels: Tensor, temperature: float = 1.0
     """
     who = "calibration_metrics"
     temperature = _check.positive(who, "temperature", temperature)
+    _check.integer(who, "bins", bins, 1)
     z, y = _logits_and_labels(who, logits, labels)
     probs = (z / temperature).softmax(1)
     measured = classification_metrics(probs, y, bins=bins)

@@ -43,6 +43,7 @@ def classification_metrics(probs: Tensor, labels: Tensor, *, bins: int = 15) -> 
     from torchmetrics.functional.classification import multiclass_accuracy
 
     who = "classification_metrics"
+    _check.integer(who, "bins", bins, 1)
     probs, labels = _probs_and_labels(who, probs, labels, 1)
     count, classes = probs.shape
     top = {}
@@ -195,10 +196,11 @@ def _probs_and_labels(who: str, probs: Tensor, labels: Tensor, label_ndim: int) 
             f"{who}: probs holds rows that are not probabilities (negative, not finite, or with another sum than 1); "
             "pass softmax(logits)."
         )
+    labels = labels.long()
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(
             f"{who}: labels holds the class {low if low < 0 else high}, but probs has {classes} columns; "
             f"pass class ids from 0 to {classes - 1}."
         )
-    return probs, labels.long()
+    return probs, labels

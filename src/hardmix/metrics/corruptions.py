@@ -60,7 +60,7 @@ def corrupt(images: Tensor, name: str, severity: int, *, generator: Generator | 
     images = _check.batch(who, "images", images, 4, 4)
     _check.choice(who, "name", name, CORRUPTIONS)
     if severity not in SEVERITIES:
-        raise ValueError(f"{who}: severity is {severity!r}; pass 1, 2, 3, 4 or 5.")
+        raise ValueError(f"{who}: severity is {_check.shown(severity)}; pass 1, 2, 3, 4 or 5.")
     cpu_generator(who, generator)
     change, strengths = CORRUPTIONS[name]
     if images.dtype == torch.uint8:

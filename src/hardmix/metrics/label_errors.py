@@ -109,7 +109,10 @@ def shot_bins(train_labels: Tensor, *, bin_width: float | None = None) -> ShotBi
     ShotBins(start=-0.5, width=1.0, many=100, few=20)
     """
     who = "shot_bins"
-    train = _numbers(who, "train_labels", train_labels)
+    return _shot_bins(who, _numbers(who, "train_labels", train_labels), bin_width)
+
+
+def _shot_bins(who: str, train: Tensor, bin_width: float | None) -> ShotBins:
     low, high = (float(v) for v in train.aminmax())
     span = high - low
     if span and not 1e-300 < span < 1e300:
@@ -174,7 +177,7 @@ def shot_errors(
     p, y = _numbers(who, "predictions", predictions), _numbers(who, "labels", labels)
     _check.same_length(who, "labels", y, "predictions", len(p))
     train = _numbers(who, "train_labels", train_labels)
-    found = shot_bins(train, bin_width=bin_width)
+    found = _shot_bins(who, train, bin_width)
     upper = found.many if many is None else _check.integer(who, "many", many, 0)
     lower = found.few if few is None else _check.integer(who, "few", few, 0)
     if upper < lower:

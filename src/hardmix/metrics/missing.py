@@ -52,6 +52,9 @@ def evaluate_missing(
     labels = _check.tensor(who, "labels", labels)
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"{who}: labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; pass (N,) integers.")
+    if not callable(model):
+        raise TypeError(f"{who}: model is a {type(model).__name__}; pass a torch.nn.Module or a function.")
+    _check.mapping(who, "inputs", inputs, "tensors by name")
     if not 1 <= len(inputs) <= MOST_MODALITIES:
         raise ValueError(f"{who}: inputs has {len(inputs)} entries; pass 1 to {MOST_MODALITIES}.")
     for name, x in inputs.items():
@@ -59,6 +62,7 @@ def evaluate_missing(
     if not len(labels):
         raise ValueError(f"{who}: labels is empty; pass at least one sample.")
     names = [names for size in range(1, len(inputs) + 1) for names in combinations(inputs, size)]
+    labels = labels.long()
     with _evaluating(model):
         return {"+".join(there): _accuracy(model, inputs, labels, there, batch_size) for there in names}
 

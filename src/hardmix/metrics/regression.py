@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hardmix import _check
 from hardmix._math import CPU
+from hardmix.mixing.draw import cpu_generator
 
 #: errors below this count as this, so that one exact prediction doesn't make the geometric mean 0
 SMALLEST_ERROR = 1e-10
@@ -131,6 +132,7 @@ def ordinality(
     """
     who = "ordinality"
     pairs = _check.integer(who, "pairs", pairs, 1)
+    cpu_generator(who, generator)
     z, y = _embeddings_and_labels(who, embeddings, labels)
     count = len(y)
     if count < 2:

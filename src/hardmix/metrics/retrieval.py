@@ -56,7 +56,7 @@ def retrieval_metrics(
     (0.5, 0.25, 1.0)
     """
     who = "retrieval_metrics"
-    cut = [_check.integer(who, "ks", k, 1) for k in ks]
+    cut = [_check.integer(who, "ks", k, 1) for k in _check.sequence(who, "ks", ks, "integers")]
     images, texts, image_ids, text_ids = _sides(
         who, ("image_features", image_features, image_ids), ("text_features", text_features, text_ids)
     )

@@ -107,8 +107,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    known = [(_check.between("holm", "p_values", p, 0.0, 1.0), i) for i, p in enumerate(p_values) if p is not None]
-    adjusted: list[float | None] = [None] * len(p_values)
+    given = _check.sequence("holm", "p_values", p_values, "numbers")
+    known = [(_check.between("holm", "p_values", p, 0.0, 1.0), i) for i, p in enumerate(given) if p is not None]
+    adjusted: list[float | None] = [None] * len(given)
     largest = 0.0
     for rank, (p, i) in enumerate(sorted(known)):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
@@ -117,10 +118,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _numbers(who: str, name: str, values: Sequence[float]) -> list[float]:
+    given = _check.sequence(who, name, values, "numbers")
     try:
-        numbers = [float(v) for v in values]
-    except (TypeError, ValueError):
-        raise TypeError(f"{who}: {name} is {values!r}; pass a sequence of numbers.") from None
+        numbers = [float(v) for v in given]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{who}: {name} is {_check.shown(values)}; pass a sequence of numbers.") from None
     if not numbers:
         raise ValueError(f"{who}: {name} is empty; pass one number per seed.")
     return numbers

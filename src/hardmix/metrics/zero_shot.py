@@ -161,7 +161,7 @@ def few_shot_metrics(
     {'same': {2: {'accuracy': 1.0, 'std': 0.0, 'short': 2}}}
     """
     who = "few_shot_metrics"
-    shots = list(dict.fromkeys(_check.integer(who, "ks", k, 1) for k in ks))
+    shots = list(dict.fromkeys(_check.integer(who, "ks", k, 1) for k in _check.sequence(who, "ks", ks, "integers")))
     draws = _check.integer(who, "draws", draws, 1)
     cpu_generator(who, generator)
     x, y = _samples(who, "support_features", "support_labels", support_features, support_labels)
@@ -169,7 +169,10 @@ def few_shot_metrics(
     if len(classes) < 2:
         raise ValueError(f"{who}: support_labels holds one class alone; pass samples of two or more.")
     asked = {}
-    for name, (features, labels) in tests.items():
+    for name, test in _check.mapping(who, "tests", tests, "features and labels by name").items():
+        if not isinstance(test, (tuple, list)) or len(test) != 2:
+            raise TypeError(f"{who}: tests[{name!r}] is a {type(test).__name__}; pass features and labels.")
+        features, labels = test
         features, labels = _samples(
             who, f"the features of tests[{name!r}]", f"the labels of tests[{name!r}]", features, labels
         )

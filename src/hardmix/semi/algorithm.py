@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from hardmix import _check
 from hardmix._math import readable, wide
+from hardmix.mixing.draw import cpu_generator
 
 #: views of an unlabelled sample that an algorithm may ask for
 VIEWS = ("weak", "strong")
@@ -95,7 +96,9 @@ class SemiAlgorithm(nn.Module):
             batch: labelled samples and the views of the unlabelled ones.
             generator: CPU generator of all that is drawn; None takes torch's global one.
         """
-        check_batch(type(self).__name__, batch, self.views)
+        who = type(self).__name__
+        check_batch(who, batch, self.views)
+        cpu_generator(who, generator)
         return self.step(model, batch._replace(y=batch.y.long()), generator)
 
     def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
@@ -111,6 +114,8 @@ def check_batch(who: str, batch: object, views: Sequence[str]) -> None:
     y = _check.tensor(who, "batch.y", batch.y)
     if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"{who}: batch.y has shape {tuple(y.shape)} and dtype {y.dtype}; pass (B,) class ids.")
+    if x.ndim == 0:
+        raise ValueError(f"{who}: batch.x is a number; pass (B, ...) labelled samples.")
     if x.numel() == 0:
         raise ValueError(f"{who}: batch.x has shape {tuple(x.shape)} and is empty; pass at least one labelled sample.")
     _check.same_length(who, "batch.y", y, "batch.x", x.shape[0])
@@ -119,12 +124,14 @@ def check_batch(who: str, batch: object, views: Sequence[str]) -> None:
             f"{who}: batch.twin has shape {tuple(batch.twin.shape)}, the labelled samples {tuple(x.shape)}; "
             "pass another view of the same samples."
         )
+    if not isinstance(batch.views, (tuple, list)):
+        raise TypeError(f"{who}: batch.views is a {type(batch.views).__name__}; pass a tuple of tensors, or ().")
     if len(batch.views) != len(views):
         wanted = ", ".join(views) or "none"
         raise ValueError(f"{who}: batch.views holds {len(batch.views)} views; pass {len(views)}: {wanted}.")
     for name, view in zip(views, batch.views, strict=True):
         _check.tensor(who, f"batch.views ({name})", view)
-        if view.shape[1:] != x.shape[1:] or view.shape[0] != batch.views[0].shape[0]:
+        if view.ndim == 0 or view.shape[1:] != x.shape[1:] or view.shape[0] != batch.views[0].shape[0]:
             raise ValueError(
                 f"{who}: the {name} view has shape {tuple(view.shape)}, the labelled samples {tuple(x.shape)} and the "
                 f"first view {tuple(batch.views[0].shape)}; pass views of the same samples, shaped like the labelled."
@@ -183,6 +190,10 @@ def logits_of(model: Forward, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"logits_of: model gave {got} for {len(x)} samples; pass a model that gives (N, C) logits.")
+    if len(logits) != len(x):
+        raise ValueError(
+            f"logits_of: model gave {len(logits)} rows for {len(x)} samples; pass a model that gives a row for each."
+        )
     return logits.to(wide(logits.dtype))
 
 

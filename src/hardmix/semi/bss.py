@@ -28,6 +28,7 @@ def spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
     who = "spectral_shrinkage"
     _check.batch(who, "features", features, 2, 2)
     _check.integer(who, "k", k, 1)
+    _check.finite(who, "features", features)
     values = torch.linalg.svdvals(features.to(wide(features.dtype)))  # largest first
     return values[-k:].square().sum()
 

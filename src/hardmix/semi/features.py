@@ -14,6 +14,8 @@ def find_head(who: str, model: object, head: str = "") -> nn.Linear:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model is a {type(model).__name__}; pass a torch.nn.Module.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not isinstance(head, str):
+        raise TypeError(f"{who}: head is {_check.shown(head)}; pass the name of a linear layer of the model.")
     if head and head not in layers:
         near = _check.did_you_mean(head, layers)
         raise ValueError(f"{who}: head names {head!r}, which is no linear layer of the model{near}.")

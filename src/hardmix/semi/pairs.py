@@ -9,7 +9,7 @@ from hardmix import _check
 from hardmix._math import CPU
 from hardmix.losses.decoupled import DecoupledMixupLoss
 from hardmix.losses.soft_cross_entropy import SoftCrossEntropyLoss
-from hardmix.mixing.draw import move
+from hardmix.mixing.draw import cpu_generator, move
 from hardmix.mixing.masks import FMix, GridMix, SmoothMix
 from hardmix.mixing.policy import Policy
 from hardmix.mixing.resize import ResizeMix
@@ -124,6 +124,7 @@ class MixedPairs(nn.Module):
             x, y: (B, ...) labelled samples and their (B,) classes.
             u: (U, ...) unlabelled samples; pseudo, trust: (U,) their pseudo-classes and how much these count.
         """
+        cpu_generator(type(self).__name__, generator)
         rows = move(partners(len(x), len(u), generator), u.device)
         mixed, target = self.mix(x, y, u[rows], pseudo[rows], generator=generator)
         losses = self.objective(model(mixed), target)
