@@ -163,7 +163,7 @@ class CoCaLoss(nn.Module):
         super().__init__()
         who = type(self).__name__
         if contrastive is not None and not isinstance(contrastive, nn.Module):
-            raise TypeError(f"{who}: contrastive is a {type(contrastive).__name__}; pass a loss such as ClipLoss().")
+            raise TypeError(f"{who}: contrastive is {_check.shown(contrastive)}; pass a loss such as ClipLoss().")
         self.caption_weight = _check.positive(who, "caption_weight", caption_weight)
         _check_settings(who, padding, label_smoothing, "mean")
         self.contrastive = ClipLoss(gather=gather) if contrastive is None else contrastive
