@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import cleandoc
@@ -256,10 +257,12 @@ def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
     factor, unit = (100, " points") if TITLES[metric].endswith("%") else (1, "")
     lines = []
     for name, test in tests:
-        if test["p"] is None:  # a measure that is not defined for one of them, such as a correlation of constants
-            lines.append((escape(name), "n/a", "", ""))
+        # A measure may not be defined for one of them, such as a correlation of constants.
+        known = test["difference"] is not None and math.isfinite(test["difference"])
+        difference = f"{factor * test['difference']:+.2f}{unit}" if known else "n/a"
+        if test["p"] is None:
+            lines.append((escape(name), difference, "the same in every seed, not tested" if known else "", ""))
             continue
-        difference = f"{factor * test['difference']:+.2f}{unit}"
         interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
         lines.append((escape(name), difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})"))
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -58,6 +58,17 @@ def test_the_numbers_of_a_test_stand_in_one_line(screen, width) -> None:
     assert "  fashion-mixup-dm against fashion-mixup" in written.getvalue()
 
 
+def test_the_same_difference_in_every_seed_is_not_tested(screen) -> None:
+    result = comparison()
+    result["table"][1]["versus_first"] = {"top1": {"difference": 0.125, "low": None, "high": None, "p": None}}
+    result["table"][2]["versus_first"] = {"top1": {"difference": None, "low": None, "high": None, "p": None}}
+    written = screen(100)
+    terminal.print_comparison(result)
+    lines = [line.split(maxsplit=1)[1] for line in written.getvalue().splitlines() if line.startswith("  fashion")]
+    assert lines[0].split() == ["+12.50", "points", "the", "same", "in", "every", "seed,", "not", "tested"]
+    assert lines[1].strip() == "n/a"
+
+
 def test_a_pipe_is_as_wide_as_its_lines(screen, capsys) -> None:
     screen(40, is_terminal=False)
     terminal.print_comparison(comparison())

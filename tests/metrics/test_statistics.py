@@ -64,7 +64,8 @@ def test_edges() -> None:
     assert mean_interval([0.1, 0.1, 0.1]) == Interval(pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1))
     assert paired_test([1.0], [3.0]) == PairedTest(-2.0, None, None, None)
     assert paired_test([1.0, 2.0], [1.0, 2.0]) == PairedTest(0.0, 0.0, 0.0, 1.0)
-    assert paired_test([1.5, 2.5], [1.0, 2.0]) == PairedTest(0.5, 0.5, 0.5, 0.0)
+    assert paired_test([1.5, 2.5], [1.0, 2.0]) == PairedTest(0.5, None, None, None)
+    assert paired_test([0.9, 0.7], [0.8, 0.6]) == PairedTest(pytest.approx(0.1), None, None, None)  # rounded apart
     for broken in (math.nan, math.inf):
         interval = mean_interval([1.0, broken])
         assert math.isnan(interval.mean)

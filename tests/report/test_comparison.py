@@ -73,6 +73,18 @@ def test_the_first_method_can_win(tmp_path: Path) -> None:
     assert [r.split(",")[0] for r in rest] == ["B: worse than A", "C: worse than A"]
 
 
+def test_the_same_difference_in_every_seed_is_no_proof(tmp_path: Path) -> None:
+    even = [0.875, 0.75, 0.5]
+    (lead,) = told(build(tmp_path / "ahead", {"A": even, "B": [v + 0.125 for v in even]}))
+    assert lead.startswith("Undecided: B has the highest mean top-1, 83.33 %, which is 12.50 points more than A (95 ")
+    assert "3 seeds; no test). There is no interval, so this may be chance." in lead
+    assert "p &lt;" not in lead
+    assert "p <" not in lead
+    lead, other = told(build(tmp_path / "behind", {"A": even, "B": [v - 0.125 for v in even]}))
+    assert lead.startswith("Undecided: A, the first method, has the highest mean top-1")
+    assert "not tested, since the difference is the same in every seed, against A" in other
+
+
 def test_the_first_method_can_stay_unbeaten_without_winning(tmp_path: Path) -> None:
     lead, *rest = told(build(tmp_path, {"A": BASE, "B": shifted(-0.02), "C": shifted(-0.002, 0.004)}))
     assert lead.startswith("No method beat A, the first: it has the highest mean top-1")

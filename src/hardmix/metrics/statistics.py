@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,8 +66,8 @@ def paired_test(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) 
         level: coverage of the interval.
     Returns:
         PairedTest(difference, low, high, p). One pair can't be tested: low, high and p are None. All differences 0:
-        p = 1. All differences equal but not 0: the estimated spread is 0 and p = 0, which says more about so few seeds
-        than about the methods. A value that is not finite: difference NaN, the rest None.
+        p = 1. All differences equal (to their rounding) but not 0: nothing to estimate a spread from, so low, high and
+        p are None. A value that is not finite: difference NaN, the rest None.
     Raises:
         ValueError: lengths disagree, no values, or a level outside (0, 1).
 
@@ -82,9 +83,11 @@ def paired_test(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) 
     difference, low, high = mean_interval(differences, level=level)
     if low is None:
         return PairedTest(difference, None, None, None)
+    if not any(differences):
+        return PairedTest(0.0, 0.0, 0.0, 1.0)
     error = _standard_error(differences, difference)
-    if error == 0.0:
-        return PairedTest(difference, low, high, 1.0 if difference == 0.0 else 0.0)
+    if error <= 4 * sys.float_info.epsilon * max(map(abs, first + second)):
+        return PairedTest(difference, None, None, None)
     from scipy.special import stdtr
 
     p = 2.0 * float(stdtr(len(differences) - 1, -abs(difference) / error))

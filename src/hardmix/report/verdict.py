@@ -241,7 +241,9 @@ def _against_first(comparison: Comparison, method: Method, key: str) -> Markup:
         "better": "better than",
         "worse": "worse than",
         "undecided": "undecided against",
-        "untested": "one seed only, not tested against",
+        "untested": "not tested, since the difference is the same in every seed, against"
+        if len(comparison.seeds) > 1
+        else "one seed only, not tested against",
         "unknown": "can't be compared with",
     }[_state(comparison, method, key)]
     sentence = Markup("<b>{}</b>: {} {}").format(name_of(method.name), words, name_of(comparison.methods[0].name))
