@@ -88,6 +88,8 @@ def test_metrics_and_methods_have_names() -> None:
     assert method_title("c-mixup", "supremix + l1") == "C-Mixup with SupReMix and L1"
     assert method_title(None, None) == "No mixing"
     assert method_title("mine", 3) == "Mine with 3"
+    assert method_title("none", "m2-mix + wise-ft") == "m\u00b2-Mix + WiSE-FT"
+    assert method_title("none", "none + embedding-shift") == "No training + shifted embeddings"
 
 
 def test_thin_averages_neighbours_and_drops_gaps() -> None:

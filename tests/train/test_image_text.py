@@ -357,6 +357,16 @@ def test_a_resumed_run_knows_what_lipsum_stays_near(emoji) -> None:
     assert "image" in differ(reference.state_dict(), resumed.model.state_dict()), "whose weights a checkpoint holds"
 
 
+def test_options_of_a_model_that_is_not_named_are_those_of_the_task_or_the_start(scratch) -> None:
+    image = {"model": {"options": {"image": {"name": "tiny-vit"}}}}
+    table = {"name": "x", "task": "image-text", "data": {"name": "emoji"}, "objective": {"name": "clip"}}
+    assert check_recipe(table | image, "x").model.name == "two-tower"
+    started = check_recipe(table | image | {"tune": {"start": str(scratch)}}, "x").model
+    first = load_recipe(str(scratch / "recipe.toml")).model
+    assert started.name == first.name
+    assert started.options == {**first.options, "image": {"name": "tiny-vit"}}
+
+
 def test_weights_between_start_and_end(drawings, scratch, tmp_path) -> None:
     (tmp_path / "tuned").mkdir()
     start = {"start": str(scratch)}
@@ -376,6 +386,14 @@ def test_weights_between_start_and_end(drawings, scratch, tmp_path) -> None:
     assert found["one"]["test"] == found["unmoved"]["test"] == plain
     assert found["zero"]["test"] == pytest.approx(before)
     assert 0.0 <= found["chosen"]["chosen"]["alpha"] <= 1.0
+    assert [found[name]["objective"] for name in ("plain", "chosen", "tpgm")] == [
+        "clip",
+        "clip + wise-ft",
+        "clip + tpgm",
+    ]
+    page = (tmp_path / "moved" / "report.html").read_text()
+    assert "CLIP + shifted embeddings" in page
+    assert "shift 0.5" in page
     assert found["moved"]["test"]["gap"] < plain["gap"]
     assert found["tpgm"]["chosen"]["radii"] > 0.0
     assert evaluate_run(tmp_path / "tpgm")["test"] == pytest.approx(found["tpgm"]["test"])

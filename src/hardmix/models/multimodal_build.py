@@ -69,5 +69,7 @@ def tower_options(side: str, table: object) -> tuple[str, dict[str, Any]]:
     """Name and options of the encoder of pictures or of texts."""
     default = IMAGE_TOWER if side == "image" else TEXT_TOWER
     if not isinstance(table, Mapping) or not isinstance(table.get("name", default), str):
-        raise ValueError(f'multimodal: {side} is {table!r:.80}; write a table such as {{ name = "{default}" }}.')
+        raise ValueError(
+            f'multimodal: the model option {side} is {table!r:.80}; write a table such as {{ name = "{default}" }}.'
+        )
     return table.get("name", default), {key: value for key, value in table.items() if key != "name"}

@@ -138,6 +138,8 @@ def _tower(model: str, options: Mapping[str, Any], side: str, default: str) -> t
     """Name and options of one tower."""
     table = options.get(side, {})
     if not isinstance(table, Mapping) or not isinstance(table.get("name", default), str):
-        raise ValueError(f'{model}: {side} is {table!r:.80}; write a table such as {{ name = "{default}" }}.')
+        raise ValueError(
+            f'{model}: the model option {side} is {table!r:.80}; write a table such as {{ name = "{default}" }}.'
+        )
     rest = {key: value for key, value in table.items() if key != "name"}
     return table.get("name", default), rest

@@ -237,8 +237,9 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     things = things_of(summary)
     pairs = [
         ("policy", title_of(summary.get("policy")) if summary else None),
-        ("objective", title_of(summary.get("objective")) if summary.get("objective") not in (None, "none") else None),
+        ("objective", _objective(summary.get("objective"))),
         ("started from", _text(summary.get("start"))),
+        ("amount of what was done after training", _chosen(summary.get("chosen"))),
         ("task", _text(summary.get("task"))),
         (f"validation {things}", _known(number(dig(summary, "data", "validation")), count)),
         (f"test {things}", _known(number(dig(summary, "data", "test")), count)),
@@ -256,6 +257,22 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *versions(summary.get("versions")),
     ]
     return [(label, value) for label, value in pairs if value is not None]
+
+
+def _objective(name: Any) -> str | None:
+    """'SupReMix + L1'; None where nothing was trained."""
+    if not isinstance(name, str):
+        return None if name is None else title_of(name)
+    return " + ".join(title_of(part) for part in name.split(" + ") if part != "none") or None
+
+
+def _chosen(amounts: Any) -> str | None:
+    """'alpha 0.4'."""
+    known = amounts.items() if isinstance(amounts, dict) else ()
+    return (
+        ", ".join(f"{visible(key, 40)} {plain(v, 3)}" for key, value in known if (v := number(value)) is not None)
+        or None
+    )
 
 
 def listed(names: Any) -> str | None:

@@ -207,6 +207,10 @@ PAIR_TITLES = {
 }
 TITLES |= PAIR_TITLES
 
+#: What is done with tuned weights before they are measured; such runs are called "m2-mix + wise-ft".
+AFTER_TITLES = {"wise-ft": "WiSE-FT", "tpgm": "TPGM", "embedding-shift": "shifted embeddings"}
+TITLES |= AFTER_TITLES
+
 #: Algorithms for few labels, by which their runs are called.
 FEW_TITLES = {
     "supervised": "Supervised only",
@@ -342,6 +346,10 @@ def step_seconds(summary: Any) -> float | None:
 
 def method_title(policy: Any, objective: Any) -> str:
     """'Mixup with Decoupled Mixup'."""
+    if isinstance(objective, str):
+        tuned, _, after = objective.rpartition(" + ")
+        if after in AFTER_TITLES:
+            return f"{method_title(policy, tuned)} + {AFTER_TITLES[after]}"
     if policy in (None, "none") and isinstance(objective, str) and objective in (*PAIR_TITLES, "none"):
         return PAIR_TITLES.get(objective, "No training")
     algorithm, _, of_pairs = objective.partition(" + ") if isinstance(objective, str) else ("", "", "")

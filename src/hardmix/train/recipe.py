@@ -292,16 +292,21 @@ class Recipe(Section):
 
 
 def _pair_defaults(table: dict[str, Any]) -> dict[str, Any]:
-    """A model that is not said is that of the start, or two small towers."""
+    """A model that is not named is that of the start, or two small towers; its options may be given all the same."""
     tune = table.get("tune", {})
     start = tune.get("start", "") if isinstance(tune, Mapping) else ""
-    if "model" in table:
+    given = table.get("model", {})
+    if not isinstance(given, Mapping) or "name" in given:
         return table
+    usual: dict[str, Any] = {"name": "two-tower"}
     if table.get("task") == "modalities":
-        return {**table, "model": {"name": "multimodal"}}
-    if not start or not isinstance(start, str):
-        return {**table, "model": {"name": "two-tower"}}
-    return {**table, "model": start_recipe(start).model.model_dump()}
+        usual = {"name": "multimodal"}
+    elif start and isinstance(start, str):
+        usual = start_recipe(start).model.model_dump()
+    options = given.get("options", {})
+    if isinstance(options, Mapping):
+        options = {**usual.get("options", {}), **options}
+    return {**table, "model": {**usual, **given, "options": options}}
 
 
 def start_recipe(start: str, task: str = "image-text") -> Recipe:

@@ -568,7 +568,12 @@ class ImageText:
             },
             "model": {"name": recipe.model.name, "parameters": sum(p.numel() for p in self.model.parameters())},
             "policy": recipe.policy.name if recipe.policy else "none",
-            "objective": recipe.objective.name if recipe.train.epochs else "none",
+            "objective": " + ".join(
+                [
+                    recipe.objective.name if recipe.train.epochs else "none",
+                    *([recipe.tune.after] if recipe.tune.after != "nothing" else []),
+                ]
+            ),
             "start": recipe.tune.start,
         }
 
