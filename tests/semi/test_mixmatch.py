@@ -156,7 +156,7 @@ def test_pairs_are_a_further_loss_of_guesses_that_are_sure() -> None:
 def test_refusals() -> None:
     batch = draw(unlabelled=7)
     with pytest.raises(
-        ValueError, match=r"interleaved: parts have \[3, 7, 7\] rows; pass multiples of the first one's\."
+        ValueError, match=r"MixMatch: the batch has 7 unlabelled samples for 3 labelled ones; pass a mul"
     ):
         MixMatch()(net(), batch)
     with pytest.raises(ValueError, match=r"MixMatch: batch\.y holds the class 9, but there are 4 classes"):

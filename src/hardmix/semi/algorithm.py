@@ -184,6 +184,16 @@ def class_rows(who: str, y: Tensor, like: Tensor) -> Tensor:
     return F.one_hot(y, like.shape[1]).to(like.dtype)
 
 
+def check_multiple(who: str, batch: SemiBatch) -> None:
+    """What interleaved batches need, asked before anything is computed or followed."""
+    labelled, unlabelled = len(batch.x), len(batch.views[0])
+    if unlabelled % labelled:
+        raise ValueError(
+            f"{who}: the batch has {unlabelled} unlabelled samples for {labelled} labelled ones; pass a multiple, for "
+            "which loaders leave out what does not fill a batch (drop_last=True)."
+        )
+
+
 def logits_of(model: Forward, x: Tensor) -> Tensor:
     """(N, C) logits in float32 or wider, so that all that is computed from them is."""
     logits = model(x)

@@ -14,6 +14,7 @@ from hardmix.semi.algorithm import (
     SemiAlgorithm,
     SemiBatch,
     SemiOutput,
+    check_multiple,
     class_rows,
     frozen_statistics,
     interleaved,
@@ -98,6 +99,7 @@ class MixMatch(SemiAlgorithm):
             return torch.stack([probabilities(logits_of(model, view)) for view in views]).mean(0)
 
     def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
+        check_multiple(type(self).__name__, batch)
         guess = self.guess(model, batch.views)
         sharp = sharpen(guess, self.temperature)
         targets = [class_rows(type(self).__name__, batch.y, guess), *[sharp] * len(batch.views)]

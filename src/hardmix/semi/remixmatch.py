@@ -17,6 +17,7 @@ from hardmix.semi.algorithm import (
     SemiBatch,
     SemiOutput,
     check_classes,
+    check_multiple,
     class_rows,
     frozen_statistics,
     interleaved,
@@ -116,6 +117,7 @@ class ReMixMatch(SemiAlgorithm):
         return guess
 
     def step(self, model: Forward, batch: SemiBatch, generator: Generator | None) -> SemiOutput:
+        check_multiple(type(self).__name__, batch)
         weak, *strong = batch.views
         guess = self.guess(model, weak)
         targets = [class_rows(type(self).__name__, batch.y, guess), *[guess] * len(batch.views)]
