@@ -152,6 +152,7 @@ H = "file,caption\n"
 WRONG = [  # name, text, arguments, message
     ("t.csv", "\n", {}, "is empty; pass a table with a header row"),
     ("t.csv", "file,caption\n\udcff,x\n", {}, "is not UTF-8 text"),
+    ("t.parquet", "PAR1", {}, "is a Parquet file, of which captions are not read; save it as CSV or JSON Lines"),
     ("t.csv", "file\n0.png\n", {}, r"has one column \('file'\) and needs file names and captions; separate them"),
     ("t.csv", "file,caption,caption\n0.png,a,b\n", {}, "has two columns called 'caption'"),
     ("t.csv", "file,,caption\n0.png,a,b\n", {}, "has no name for column 2"),
@@ -237,7 +238,9 @@ def test_what_is_wrong_with_a_table_is_said(
 def test_places_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder is '.*no', which is not there"):
         read_captions(tmp_path / "no", "t.csv")
-    with pytest.raises(FileNotFoundError, match=r"table is 't\.csv', which is neither there nor in"):
+    with pytest.raises(
+        FileNotFoundError, match=r"table is 't\.csv', which is neither there nor in '.*'; pass a CSV, TSV or JSONL file"
+    ):
         read_captions(tmp_path, "t.csv")
     for place, kind in ((tmp_path / "x.tar", "not there"), (tmp_path, "a folder without .tar files")):
         with pytest.raises(FileNotFoundError, match=f"read_shards: path is '.*', which is {kind}; pass a .tar file"):

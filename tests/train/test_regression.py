@@ -202,7 +202,7 @@ def test_other_refusals(tmp_path, two_stages) -> None:
 
     with pytest.raises(RecipeError, match="recipes of several tasks have no measure in common"):
         compare([small(), tiny()], [0], tmp_path)
-    with pytest.raises(ValueError, match="holds a regression run; it is measured for image classes"):
+    with pytest.raises(ValueError, match="holds a run of task regression; it is measured for image classes"):
         robustness_of_run(two_stages)
     with pytest.raises(RecipeError, match='policy "c-mixup" pairs by numbers; it is for regression'):
         tiny(policy={"name": "c-mixup", "bandwidth": 1.0})

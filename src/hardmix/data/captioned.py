@@ -76,7 +76,7 @@ def read_captions(
     """
     who = "read_captions"
     _check_options(who, size, fit, on_error)
-    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
+    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser(), "CSV, TSV or JSONL")
     where = f"{who}: {shown(file)}"
     lines = file.suffix.lower() in JSON_LINES
     place = "line" if lines else "row"
@@ -240,6 +240,8 @@ def _pairs(
 
 def _cells(where: str, file: Path, caption_column: str) -> tuple[_Sheet, list[tuple[str, ...]]]:
     """A table, and the caption of each row."""
+    if file.suffix.lower() in (".parquet", ".pq"):
+        raise ValueError(f"{where} is a Parquet file, of which captions are not read; save it as CSV or JSON Lines.")
     sheet = _text(where, file)
     if len(sheet.names) < 2:
         raise ValueError(

@@ -200,7 +200,7 @@ def checked(who: str, numbers: Numbers) -> Numbers:
     return numbers
 
 
-def folder_and_table(who: str, folder: Path, table: Path) -> tuple[Path, Path]:
+def folder_and_table(who: str, folder: Path, table: Path, kinds: str = "CSV, TSV or Parquet") -> tuple[Path, Path]:
     """The folder, and the table beside it or in it."""
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "not there"
@@ -208,7 +208,7 @@ def folder_and_table(who: str, folder: Path, table: Path) -> tuple[Path, Path]:
     found = next((path for path in (table, folder / table) if path.is_file()), None)
     if found is None:
         kind = "a folder" if table.is_dir() else f"neither there nor in {shown(folder)}"
-        raise FileNotFoundError(f"{who}: table is {shown(table)}, which is {kind}; pass a CSV, TSV or Parquet file.")
+        raise FileNotFoundError(f"{who}: table is {shown(table)}, which is {kind}; pass a {kinds} file.")
     return folder, found
 
 

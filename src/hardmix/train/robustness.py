@@ -122,7 +122,9 @@ def robustness_of_run(
         return known
     run = load_run(folder, checkpoint, data_path)
     if not isinstance(run.task, Classification):
-        raise ValueError(f"robustness: {folder} holds a {run.task.recipe.task} run; it is measured for image classes.")
+        raise ValueError(
+            f"robustness: {folder} holds a run of task {run.task.recipe.task}; it is measured for image classes."
+        )
     recipe, data = run.task.recipe, run.task.data
     model = _OnPixels(run).eval()
     images, labels = _subset(run.task.test_set, samples)
