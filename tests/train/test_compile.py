@@ -122,13 +122,17 @@ def test_a_backward_pass_that_fails_to_compile_is_told_alike(tmp_path, monkeypat
         run_recipe(tiny(train={"compile": True}), tmp_path / "run")
 
 
+#: one sample has none to be mixed with
+UNMIXED = {"policy": None, "objective": {"name": "soft-cross-entropy"}}
+
+
 def test_a_model_that_cannot_be_traced_is_not_the_fault_of_the_compiler(tmp_path):
     model = {"name": "resnet18", "options": {"width": 2}}  # whose last norm sees one value of each channel
     told = (
         r"^a step can't be compiled \(ValueError\('Expected more than 1 value .*\); leave train.compile out, which may"
     )
     with pytest.raises(RunError, match=told):
-        run_recipe(tiny(model=model, train={"compile": True, "batch_size": 1}), tmp_path / "run")
+        run_recipe(tiny(model=model, train={"compile": True, "batch_size": 1}, **UNMIXED), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
