@@ -13,17 +13,26 @@ import torch
 from hardmix import cli, launcher
 
 
-def test_ctrl_c_outside_the_steps_is_told_and_is_no_success(monkeypatch, capsys, tmp_path) -> None:
-    def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def end(monkeypatch, capsys, tmp_path):
+    """A command in which something is raised; returns its exit code and what it tells."""
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hardmix.train.recipe.load_recipe", interrupted)
-    monkeypatch.setattr(sys, "argv", ["hardmix", "copy", "fashion-mixup"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.strip() == "hardmix: stopped."
+    def make(error: BaseException) -> tuple[object, str]:
+        def broken(*args: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("hardmix.train.recipe.load_recipe", broken)
+        monkeypatch.setattr(sys, "argv", ["hardmix", "copy", "fashion-mixup"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, capsys.readouterr().err
+
+    return make
+
+
+def test_ctrl_c_outside_the_steps_is_told_and_is_no_success(end) -> None:
+    assert end(KeyboardInterrupt()) == (130, "hardmix: stopped.\n")
 
 
 @pytest.mark.parametrize(
@@ -34,17 +43,9 @@ def test_ctrl_c_outside_the_steps_is_told_and_is_no_success(monkeypatch, capsys,
         MemoryError(),
     ],
 )
-def test_out_of_memory_is_one_sentence(error: Exception, monkeypatch, capsys, tmp_path) -> None:
-    def full(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hardmix.train.recipe.load_recipe", full)
-    monkeypatch.setattr(sys, "argv", ["hardmix", "copy", "fashion-mixup"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 3
-    told = capsys.readouterr().err
+def test_out_of_memory_is_one_sentence(error: Exception, end) -> None:
+    code, told = end(error)
+    assert code == 3
     assert told.startswith("hardmix: out of memory (")
     assert "make train.batch_size, eval.batch_size or data.image_size smaller" in told
     assert told.count("\n") == 1

@@ -159,6 +159,17 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+class Wrapper(nn.Module):
+    """A model that holds another one and nothing else."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
 def constant_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(N, *shape) with one value in each row."""
     return values.view(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hardmix.mixing import CutMix, ManifoldMixup, RandomChoice, Scheduled
 from hardmix.models.on_pixels import OnPixels
-from mixing.cases import rng
+from mixing.cases import Wrapper, rng
 from mixing.vits import tiny_vit
 
 
@@ -306,15 +306,6 @@ def test_a_layer_that_was_replaced_is_an_error(change: str) -> None:
     _, target = mix(X, Y)
     got, want, lam = model(X), model(X), target.weights[:, :1]
     assert torch.allclose(got, lam * want + (1 - lam) * want[target.labels[:, 1]], atol=1e-6)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks

@@ -18,7 +18,7 @@ from hardmix.mixing.label_attention import MixPro, TLAlign, TransMix
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.static import CutMix
 from hardmix.mixing.target import MixedTarget
-from mixing.cases import blend_by_hand, constant_rows, own_share, rng
+from mixing.cases import Wrapper, blend_by_hand, constant_rows, own_share, rng
 from mixing.vits import GivenViT, given_attention, tiny_vit
 
 POLICIES: dict[str, Callable[..., LabelPolicy]] = {"transmix": TransMix, "mixpro": MixPro, "tl-align": TLAlign}
@@ -404,14 +404,6 @@ def test_the_policy_does_not_hold_the_model_as_a_part(name: str) -> None:
 
 
 def test_wrapped_models_are_read() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.module(x)
-
     model = tiny_vit()
     _, target, _ = train(TransMix(model), Wrapper(model), batch(4, 8, 8, 4))
     _, want, _ = train(TransMix(model), model, batch(4, 8, 8, 4))
