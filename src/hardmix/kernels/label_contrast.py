@@ -182,7 +182,7 @@ class _LabelContrast(torch.autograd.Function):
         ctx.mark_non_differentiable(count)
         alone = count == 0
         loss = total - pull / count.masked_fill(alone, 1.0)
-        return loss.masked_fill_(alone, 0.0), count
+        return loss.masked_fill(alone, 0.0), count
 
     @staticmethod
     @first_only(

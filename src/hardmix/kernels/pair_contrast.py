@@ -176,7 +176,8 @@ class _PairContrast(torch.autograd.Function):
                     mass = (sheet.logits - high.unsqueeze(end.axis)).exp_().sum(end.axis)
                     total[at] = (top[at] - high).exp_().mul_(total[at]).add_(mass)
                     top[at] = high
-        result = total if bias is not None else total.log_().add_(top)
+        # Not add_: compiled by torch 2.11, what is written in place and returned gets a wrong gradient.
+        result = total if bias is not None else total.log_() + top
         ctx.task, ctx.names = task, tuple(kept)
         ctx.save_for_backward(a, b, bias, result, *coefficients, *kept.values())
         return result

@@ -107,7 +107,7 @@ def _ranks(values: Tensor, tie: float) -> Tensor:
     n = values.shape[1]
     not_greater = torch.searchsorted(values.sort(1).values, (values + tie).contiguous(), right=True)
     ranks = (1 + n - not_greater).to(values.dtype) / n
-    return ranks.masked_fill_(values.isnan().any(1, keepdim=True), torch.nan)
+    return ranks.masked_fill(values.isnan().any(1, keepdim=True), torch.nan)
 
 
 class _Ranks(torch.autograd.Function):
