@@ -39,6 +39,15 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether an autocast region of this kind of device is open; False where there is no autocast, as on "meta"."""
+    # torch.amp.is_autocast_available would tell, but before torch 2.12 it can't be compiled.
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        return False
+
+
 def settled(x: Tensor) -> Tensor:
     """The dense tensor `x`, and inside torch.compile a mark that it is to be computed once and kept in memory: else
     what little is computed for a row is computed again for each pixel of the row that reads it."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import compiling
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.clip import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 from hardmix.losses.m2mix import mixed_rows
@@ -240,6 +241,7 @@ def test_no_matrix_of_all_pairs_is_ever_there(monkeypatch) -> None:
     assert tiled.values == 300 * 16  # the features
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_is_eager() -> None:
     a, b, s, _ = leaves(9)

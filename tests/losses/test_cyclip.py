@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import compiling
 from hardmix.losses.clip import ClipLoss, clip_loss
 from hardmix.losses.cyclip import CyClipLoss, cyclip_loss
 
@@ -186,6 +187,7 @@ def test_the_module_is_the_function() -> None:
     assert gradients(module(a, b, s, bias), bias)[0] == 0.0
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_is_eager() -> None:
     a, b, s = leaves(9)

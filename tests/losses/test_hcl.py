@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import compiling
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.clip import ClipLoss, clip_loss
 from hardmix.losses.hcl import HCLLoss, hcl_loss
@@ -221,6 +222,7 @@ def test_the_module_is_the_function() -> None:
     assert gradients(found["contrastive_loss"], bias)[0] == 0.0
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_is_eager() -> None:
     a, b, s = leaves(9)

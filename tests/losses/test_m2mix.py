@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import compiling
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.clip import ClipLoss, clip_loss, cross_entropy, siglip_loss
 from hardmix.losses.m2mix import M2MixLoss, M2MixSigLipLoss, m2mix_loss, mixed_rows
@@ -284,6 +285,7 @@ def test_the_schedule_and_its_state() -> None:
     assert resumed(a, b, 5.0, lam=0.3) == falling(a, b, 5.0, lam=0.3)
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_is_eager() -> None:
     a, b, scale = leaves(9, t=5.0)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import compiling
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.m2mix import m2mix_loss
 from hardmix.losses.multimodal import GMCLoss, gmc_loss, multimodal_mix_loss
@@ -241,6 +242,7 @@ def test_the_module_is_the_function() -> None:
 
 
 @pytest.mark.slow
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_is_eager() -> None:
     rows, joint = leaves(9)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import compiling
 from hardmix import losses
 from hardmix.losses.clip import unit_pairs
 
@@ -193,6 +194,7 @@ def test_what_counts_as_rounding(dtype) -> None:
     assert losses.clip_loss(widened, widened, 5.0, normalize=False).isfinite()
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 def test_compiled_code_and_other_devices_do_not_look() -> None:
     a, b = (x.detach() for x in pairs(5))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import compiling
 from hardmix.mixing import CutMix, ManifoldMixup, RandomChoice, Scheduled
 from hardmix.models.on_pixels import OnPixels
 from mixing.cases import Wrapper, rng
@@ -249,6 +250,7 @@ def test_compiled_models() -> None:
         assert torch.allclose(compiled(X), clean, atol=1e-6)
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
 def test_deep_layers_of_compiled_models() -> None:
     """The compiler takes blocks of one class for alike, hook or not, unless its setting says otherwise."""

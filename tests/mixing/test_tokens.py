@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import compiling
 from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing.attention import Grid
 from hardmix.mixing.attention_policy import AttentionPolicy
@@ -715,6 +716,7 @@ def test_what_is_refused(name: str) -> None:
         make(nn.Sequential(Windows())).plan(batch(4, 8, 8, 4))
 
 
+@compiling.supported
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks", "before the policy"])
 @pytest.mark.parametrize("name", POLICIES)
@@ -746,6 +748,7 @@ def test_a_compiled_model_is_read_as_it_was_written(name: str, how: str) -> None
     torch._dynamo.reset()
 
 
+@compiling.supported
 def test_compiled_parts_that_do_not_run_hooks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.compiler, "set_stance", raising=False)  # as before torch 2.6
     model = tiny_vit()

@@ -126,6 +126,7 @@ def test_a_backward_pass_that_fails_to_compile_is_told_alike(tmp_path, monkeypat
 UNMIXED = {"policy": None, "objective": {"name": "soft-cross-entropy"}}
 
 
+@compiling.supported
 def test_a_model_that_cannot_be_traced_is_not_the_fault_of_the_compiler(tmp_path):
     model = {"name": "resnet18", "options": {"width": 2}}  # whose last norm sees one value of each channel
     told = (

@@ -113,7 +113,8 @@ def pair_contrast(
     tiles = tile_rows(len(a), a.device, (first, last)) if tiles is None else tiles
     assert {first, last} <= {0, *(tile.stop for tile in tiles)}, "anchors are whole tiles"
     task = _Task(tuple(term.partners for term in terms), tuple(tiles), first, last)
-    flat = [value for term in terms for value in term[:4]]
+    # By name: before torch 2.9 a slice of a NamedTuple can't be compiled.
+    flat = [value for term in terms for value in (term.scale, term.image, term.text, term.keys)]
     with _full_precision(a):
         return _PairContrast.apply(a, b, bias, task, *flat)
 

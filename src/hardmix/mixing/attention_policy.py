@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from hardmix._math import is_autocast
 from hardmix.mixing.attention import AttentionTap, Grid, Keep
 from hardmix.mixing.attention_reader import Attention
 from hardmix.mixing.draw import LabelPairing, Pairing
@@ -58,7 +59,7 @@ class AttentionPolicy(Policy):
     def _draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         # Autocast is off inside `draw`, but a forward of the model belongs under the one that it is trained under.
         kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not is_autocast(kind):
             return super()._draw(x, y, pairing, generator)
         self._autocast = torch.get_autocast_dtype(kind)
         try:

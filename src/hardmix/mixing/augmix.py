@@ -12,7 +12,7 @@ from hardmix import _check
 from hardmix._math import CPU, settled, wide
 from hardmix.kernels import blend as kernel
 from hardmix.kernels import warp
-from hardmix.mixing.draw import Pairing, draw_beta, move, uniform
+from hardmix.mixing.draw import Pairing, draw_beta, draw_gamma, move, uniform
 from hardmix.mixing.plan import MixPlan
 from hardmix.mixing.policy import Policy
 
@@ -70,7 +70,7 @@ class AugMix(Policy):
         draws = uniform(0.0, 1.0, (count, self.width, 1 + 3 * self.depth[1]), generator)
         shape = torch.full((count, self.width), self.alpha, dtype=torch.float64, device=CPU)
         # Gamma draws over their sum are a Dirichlet draw. The floor keeps a small alpha from giving 0 / 0.
-        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=1e-300)
+        gamma = draw_gamma(shape, generator).clamp(min=1e-300)
         share = (gamma / gamma.sum(1, keepdim=True)).to(torch.float32)
         m = draw_beta(self.alpha, self.alpha, count, generator)
         draws, share, m = (self._rows(pairing, value) for value in (draws, share, m))

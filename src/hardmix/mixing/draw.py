@@ -95,11 +95,27 @@ def draw_beta(a: float, b: float, n: int, generator: Generator | None) -> Tensor
         return _of(generator, torch.rand, n, dtype=torch.float32)
     # Below 1e-306 the logarithms would overflow, and their difference be NaN.
     shape = torch.tensor([[max(a, 1e-300)], [max(b, 1e-300)]], dtype=torch.float64, device=CPU)
-    gamma = torch._standard_gamma((shape + 1.0).expand(2, n), generator=generator)
+    gamma = draw_gamma((shape + 1.0).expand(2, n), generator)
     # rand can return 0, whose logarithm is -inf for both gammas and their difference NaN.
     uniform = _of(generator, torch.rand, (2, n), dtype=torch.float64).clamp_(min=2.0**-60)
     log_gamma = gamma.log_().add_(uniform.log_().div_(shape))
     return torch.sigmoid(log_gamma[0] - log_gamma[1]).to(torch.float32)
+
+
+def draw_gamma(shape: Tensor, generator: Generator | None) -> Tensor:
+    """Draws of Gamma(shape), one for each of the positive numbers `shape` on the CPU."""
+    if torch.compiler.is_compiling() and generator is None:
+        return torch.ops.hardmix.standard_gamma(shape)
+    return torch._standard_gamma(shape, generator=generator)
+
+
+if not hasattr(torch.ops.hardmix, "standard_gamma"):  # the module may be imported anew, an operation defined once
+    # torch's own operation has no form for the compiler before torch 2.13. The tag keeps two draws from becoming one.
+    torch.library.define(
+        "hardmix::standard_gamma", "(Tensor shape) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+    )
+    torch.library.impl("hardmix::standard_gamma", "cpu", torch._standard_gamma)
+    torch.library.register_fake("hardmix::standard_gamma", lambda shape: shape.new_empty(shape.shape))
 
 
 def draw_lam(alpha: float, pairing: Pairing, per: str, generator: Generator | None) -> Tensor:

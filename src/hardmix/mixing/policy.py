@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from hardmix import _check
+from hardmix._math import is_autocast
 from hardmix.mixing.draw import (
     PAIRINGS,
     PER,
@@ -96,7 +97,7 @@ class Policy(nn.Module):
     def _draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         """`draw` without autocast, whose half types neither a mask nor a place in the image can be computed in."""
         for kind in ("cpu",) if x.is_cpu else ("cpu", x.device.type):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if is_autocast(kind):
                 with torch.autocast(kind, enabled=False):
                     return self._draw(x, y, pairing, generator)
         return self.draw(x, y, pairing, generator)
