@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -274,7 +275,8 @@ class _Run:
             groups = [my_part(group) for group in groups]
             loader = DataLoader(
                 _Batches(self.task.load),
-                sampler=groups,  # type: ignore[arg-type]
+                # As arrays, whose bytes go through the pipe to a worker: for a tensor it would open shared memory.
+                sampler=[group.numpy() for group in groups],  # type: ignore[arg-type]
                 batch_size=None,
                 num_workers=self.recipe.data.workers,
                 pin_memory=self.device.type == "cuda",
@@ -516,9 +518,9 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, load: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self.load = load
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, ...] | Exception:
+    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, ...] | Exception:
         try:
-            return self.load(index)
+            return self.load(torch.from_numpy(index))
         except (ValueError, RuntimeError, OSError) as error:
             # A worker would hand over its traceback as the message.
             return error
