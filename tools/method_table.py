@@ -602,7 +602,7 @@ def _keys(prefix: str, model: Any) -> str:
 
 
 def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Component
+    return isinstance(annotation, type(BaseModel)) and annotation is not Component
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> str:

@@ -150,7 +150,8 @@ def test_the_shorter_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> No
     Image.fromarray(values).save(tmp_path / "a.png")
     assert np.array_equal(read(tmp_path / "a.png", size=10), np.asarray(whole).transpose(2, 0, 1))
     Image.fromarray(values.transpose(1, 0, 2).copy()).save(tmp_path / "b.png")
-    assert torch.equal(read(tmp_path / "b.png", size=10), read(tmp_path / "a.png", size=10).transpose(1, 2))
+    upright, lying = (read(tmp_path / name, size=10).int() for name in ("b.png", "a.png"))
+    assert int((upright - lying.transpose(1, 2)).abs().max()) <= 1  # rounded after the first axis in some versions
 
 
 def test_shrinking_averages(tmp_path: Path) -> None:

@@ -629,7 +629,8 @@ BAD_LISTS = [
         r"names 2 of 5 files that aren't in '.*', the first of them 'images/06.pmg' in row 4 \(did you mean "
         r'"images/06.png"\?\); correct or add them, or pass on_error="skip"',
     ),
-    (BODY + "x\0y.png,cat\n", "names 1 of 4 files that aren't in"),
+    # The csv module of Python 3.10 takes no NUL.
+    (BODY + "x\0y.png,cat\n", r"(names 1 of 4 files that aren't in|.* is damaged in row 4 \(line contains NUL\))"),
     (BODY + "x" * 5000 + ".png,cat\n", "names 1 of 4 files that aren't in"),
     (BODY + "images,cat\n", "names 1 of 4 files that aren't in"),
     (BODY + "images/00.png,dog\n", "has 'images/00.png' as 'cat' in row 2 and as 'dog' in row 4; keep one of them"),
@@ -795,7 +796,8 @@ def test_a_truncated_file_is_named_when_it_is_decoded(tmp_path: Path) -> None:
 
 
 def test_listed_files_that_are_missing_are_skipped(tmp_path: Path) -> None:
-    listed(tmp_path, BODY + "images/99.png,cat\nx\0y.png,dog\n" + "x" * 5000 + ".png,cat\n")
+    odd = "x\0y" if sys.version_info >= (3, 11) else "x"  # the csv module of Python 3.10 takes no NUL
+    listed(tmp_path, BODY + f"images/99.png,cat\n{odd}.png,dog\n" + "x" * 5000 + ".png,cat\n")
     data = load_few_labels(tmp_path, labelled="labels.csv", on_error="skip")
     assert (reds(data.train), len(data.unlabelled)) == ([0, 3, 7], 9)
     assert len(data.skipped) == 3

@@ -86,7 +86,7 @@ def test_windows_of_hours_and_what_follows_them(power: Path, minutes: np.ndarray
         window = range(hour - 96, hour + horizon)
         for part, (start, end) in enumerate([(0, 540), (540, 675), (675, 900)]):
             if start <= window[0] and window[-1] < end and not set(window) & {300, 301, 302}:
-                expected[str(np.datetime64("2007-01-31T23") + hour)] = hour, part
+                expected[str(np.datetime64("2007-01-31T23") + np.timedelta64(hour, "h"))] = hour, part
     assert list(got.ids) == list(expected)
     assert got.split is not None
     assert got.split.tolist() == [part for _, part in expected.values()]
@@ -190,7 +190,8 @@ MEATS_NAMES = [*(f"x_{k:03}" for k in range(1, 101)), "water", "fat", "protein"]
 def pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Writes a table as pandas pickles it, in the blocks and order of the published file."""
     for module in MODULES:
-        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        if not (module.startswith("numpy") and np.__version__.startswith("1.")):  # which has them itself
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
 
     def write(values: np.ndarray, names: list[str], *, extra: object = None) -> Path:
         rows = np.arange(values.shape[1])[None]

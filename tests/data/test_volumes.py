@@ -599,7 +599,8 @@ TABLES: list[tuple[int, str, str]] = [
     (0, "v/../../secret.npy,0", "which is outside of"),
     (3, "v/3.dcm,0", r"names 'v/3.dcm' in row 5; pass volumes as .nii, .nii.gz, .npz or .npy"),
     (3, ",0", "names '' in row 5; pass volumes as"),
-    (3, "a\0.npy,0", r"has no path but 'a\\x00.npy' in row 5; repair it"),
+    # The csv module of Python 3.10 takes no NUL.
+    (3, "a\0.npy,0", r"has no path but 'a\\x00.npy' in row 5; repair it|damaged in row 5 \(line contains NUL\)"),
     (3, "./v/2.npy,0", "has the file './v/2.npy' in row 4 and in row 5; keep one of them"),
     (3, "v/3.npz,old", r"no finite number as its target 'age' in row 5 \('old'\); repair or delete it"),
 ]

@@ -191,6 +191,8 @@ def test_narrow_types_are_blended_in_pieces(dtype, rows, monkeypatch):
 @pytest.mark.parametrize("size", [(6, 9), LARGE[1:]])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
 def test_paste_boxes_in_every_form(dtype, size, pairing, layout):
+    if dtype == torch.float8_e4m3fn and pairing == "repeats" and torch.__version__ < "2.7":
+        pytest.skip("needs torch 2.7 to select numbers of 8 bits")
     n = 5
     x = make_batch((n, 3, *size), torch.float32, layout=layout).to(dtype)
     bits = x.contiguous().view(torch.uint8).clone()

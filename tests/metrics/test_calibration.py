@@ -99,7 +99,7 @@ def test_fit_is_the_minimum_of_the_likelihood():
 
 
 def test_scaling_mends_an_overconfident_model_and_keeps_its_accuracy():
-    (fit, fit_labels), (test, test_labels) = draw(3000, 10, 1), draw(3000, 10, 2)
+    (fit, fit_labels), (test, test_labels) = draw(12_000, 10, 1), draw(12_000, 10, 2)
     temperature = fit_temperature(3.0 * fit, fit_labels)
     before = calibration_metrics(3.0 * test, test_labels)
     after = calibration_metrics(3.0 * test, test_labels, temperature)
@@ -107,7 +107,7 @@ def test_scaling_mends_an_overconfident_model_and_keeps_its_accuracy():
     for key in ("nll", "ece", "adaptive_ece"):
         assert after[key] < before[key]
     assert after["ece"] < 0.03 < before["ece"]
-    assert sum(after["reliability"]["count"]) == sum(before["reliability"]["count"]) == 3000
+    assert sum(after["reliability"]["count"]) == sum(before["reliability"]["count"]) == 12_000
     assert before["nll"] == pytest.approx(slow_nll(3.0 * test.numpy(), test_labels.numpy(), 1.0), rel=1e-10)
     assert after["nll"] == pytest.approx(slow_nll(3.0 * test.numpy(), test_labels.numpy(), temperature), rel=1e-10)
 

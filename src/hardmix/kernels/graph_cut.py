@@ -154,7 +154,8 @@ def grid_cut_exact(unary: Tensor, down: Tensor, right: Tensor) -> Cut:
         tails.append(node[1].flatten())
         heads.append(node[0].flatten())
         capacity = torch.cat([capacity, capacity.new_full((len(capacity), cells), 2.0**30)], 1)
-    tail, head = torch.cat(tails).numpy(), torch.cat(heads).numpy()
+    # Before SciPy 1.13 a flow is found in graphs of 32-bit indices alone.
+    tail, head = torch.cat(tails).int().numpy(), torch.cat(heads).int().numpy()
     labels = torch.zeros(len(unary), cells, dtype=torch.long, device=CPU)
     for row, arcs in zip(labels, capacity.to(torch.int32).numpy(), strict=True):
         graph = coo_array((arcs, (tail, head)), shape=(layers * cells + 2,) * 2).tocsr()

@@ -436,7 +436,7 @@ def _section(loc: Iterable[int | str]) -> type[BaseModel]:
 def _kind(annotation: Any) -> type[BaseModel] | None:
     """The model of a table, of an optional one too."""
     kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return next((kind for kind in kinds if isinstance(kind, type(BaseModel))), None)
 
 
 def _depth(value: object, limit: int = MAX_DEPTH) -> int:
