@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,9 @@ def rank_and_size() -> tuple[int, int]:
 def leave() -> None:
     """Leave the default process group, if there is one, at the end of a process."""
     if dist.is_available() and dist.is_initialized():
+        # A thread of gloo may still have to let go of a tensor, for which it needs Python's lock: older torch holds
+        # that while it waits for the thread.
+        time.sleep(0.05)
         dist.destroy_process_group()
 
 

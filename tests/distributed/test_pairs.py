@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hardmix.distributed import leave
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses import ClipLoss, M2MixLoss, M2MixSigLipLoss, M3MixLoss, SigLipLoss
 from hardmix.train.cached_gradients import cached_step
@@ -159,7 +160,7 @@ def as_rank(rank: int, ranks: int, folder: Path) -> None:
     found["messages"] = messages()
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def features(counts: tuple[int, ...], rank: int) -> list[Tensor]:

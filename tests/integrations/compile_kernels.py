@@ -21,7 +21,10 @@ def compile_kernel(kernel: triton.JITFunction, dtype: str = "fp32", **constants:
     types = TYPES | {"logits": f"*{dtype}", "grad": f"*{dtype}"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    if triton.__version__ < "3.3":
+        source = ASTSource(kernel, {name: kind for name, kind in signature.items() if name not in constants}, constants)
+    else:
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 

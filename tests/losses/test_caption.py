@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hardmix.distributed import leave
 from hardmix.losses import CaptionLoss, CoCaLoss, M2MixLoss, SigLipLoss, caption_loss, clip_loss
 
 DOUBLE = torch.float64
@@ -348,7 +349,7 @@ def as_rank(rank: int, folder: Path) -> None:
     found["none"] = CaptionLoss(reduction="none")(*alone())
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def alone() -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compiling
+from hardmix.distributed import leave
 from hardmix.kernels import pair_contrast as kernel
 from hardmix.losses.m2mix import m2mix_loss
 from hardmix.losses.multimodal import GMCLoss, gmc_loss, multimodal_mix_loss
@@ -365,7 +366,7 @@ def as_rank(rank: int, folder: Path) -> None:
     found.append([GMCLoss(gather=False, m2=1.0)([x, -x], x, lam=0.3, pair=(0, 1))])
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import importlib.util
+import inspect
 import json
 import math
 import shutil
@@ -37,7 +38,15 @@ def clip_tokenizer(folder: Path) -> int:
     pieces += ["ca", "cat</w>", "do", "dog</w>"]
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
     vocab = {piece: place for place, piece in enumerate(pieces)}
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=9).save_pretrained(folder)
+    if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=9).save_pretrained(folder)
+    else:  # before version 5 the fast one has another name and reads files
+        from transformers import CLIPTokenizerFast
+
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        files = str(folder / "vocab.json"), str(folder / "merges.txt")
+        CLIPTokenizerFast(*files, model_max_length=9).save_pretrained(folder)
     return len(vocab)
 
 
@@ -46,7 +55,7 @@ def siglip_tokenizer(folder: Path) -> int:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from tokenizers.processors import TemplateProcessing
-    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "sat", ".", ","]
     tokenizer = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
@@ -279,8 +288,8 @@ def another_word(folder: Path) -> None:
 
 
 def no_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
+    for file in (*folder.glob("tokenizer*"), folder / "vocab.json", folder / "merges.txt"):
+        file.unlink(missing_ok=True)
 
 
 DAMAGE: list[tuple[Callable[[Path], object], type[Exception], str]] = [
@@ -309,12 +318,12 @@ DAMAGE: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (
         lambda f: edit(f, "config.json", projection_dim=8),
         ValueError,
-        r"visual_projection\.weight has shape \(16, 32\) in the weights but \(8, 32\) by config\.json; fetch it again",
+        r"visual_projection\.weight has another shape in the weights than \(8, 32\) by config\.json; fetch it again",
     ),
     (
         lambda f: edit(f, "config.json", "text_config", hidden_size=16),
         ValueError,
-        r"text_model\.embeddings\.token_embedding\.weight has shape \(24, 32\) in the weights but \(24, 16\) by config",
+        r"text_model\.embeddings\.token_embedding\.weight has another shape in the weights than \(24, 16\) by",
     ),
     (
         lambda f: edit(f, "config.json", "vision_config", num_hidden_layers=3),

@@ -14,11 +14,12 @@ BODY = """
 import sys
 import torch
 import torch.distributed as dist
+from hardmix.distributed import leave
 from tests.semi.test_ranks import algorithms, steps
 dist.init_process_group("gloo")
 found = {name: steps(make, dist.get_rank(), dist.get_world_size()) for name, make in algorithms().items()}
 torch.save(found, f"FOLDER/{dist.get_rank()}.pt")
-dist.destroy_process_group()
+leave()
 """
 
 

@@ -385,12 +385,13 @@ def _from_folder(where: str, folder: Path) -> tuple[Any, Any]:
         verbosity.set_verbosity(level)
         if bars:
             verbosity.enable_progress_bar()
-    sizes = {name: (tuple(got), tuple(want)) for name, got, want in loaded["mismatched_keys"]}
-    for name in model.state_dict():
-        if name in sizes:
-            got, want = sizes[name]
+    # (name, shape in the file, shape of the model), and the name alone from some versions of transformers
+    others = [entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]]
+    for name, value in model.state_dict().items():
+        if name in others:
+            want = tuple(value.shape)
             raise ValueError(
-                f"{where}: {name} has shape {got} in the weights but {want} by config.json; fetch it again."
+                f"{where}: {name} has another shape in the weights than {want} by config.json; fetch it again."
             )
         if name in loaded["missing_keys"]:
             raise ValueError(f"{where}: {name} is not among the weights; fetch it again.")
