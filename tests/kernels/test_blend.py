@@ -190,7 +190,7 @@ def test_narrow_types_are_blended_in_pieces(dtype, rows, monkeypatch):
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("size", [(6, 9), LARGE[1:]])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
-def test_paste_boxes_in_every_form(dtype, size, pairing, layout):
+def test_paste_boxes_in_every_form(dtype, size, pairing, layout, monkeypatch):
     if dtype == torch.float8_e4m3fn and pairing == "repeats" and torch.__version__ < "2.7":
         pytest.skip("needs torch 2.7 to select numbers of 8 bits")
     n = 5
@@ -205,7 +205,9 @@ def test_paste_boxes_in_every_form(dtype, size, pairing, layout):
     def is_wanted(got):
         return torch.equal(got.contiguous().view(torch.uint8), want)
 
-    assert is_wanted(blend.paste_boxes(x, partner, box))
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert is_wanted(blend.paste_boxes(x, partner, box))
     out = torch.empty_like(x)
     assert blend.paste_boxes(x, partner, box, out=out) is out
     assert is_wanted(out)

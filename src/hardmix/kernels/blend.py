@@ -113,15 +113,16 @@ def paste_boxes(x: Tensor, partner: Tensor, box: Tensor, *, out: Tensor | None =
     cycles = cycles_of(partners) if out is x else []
     if cycles is None:
         return _paste_mask(x, partner, box, out)
-    large = _has_large_rows(x)
+    # One thread writes a box while its row is in the cache; several copy the batch faster than one can.
+    row_by_row = _has_large_rows(x) and torch.get_num_threads() == 1
     if out is not x:
         out = torch.empty_like(x) if out is None else out
-        if not large:
+        if not row_by_row:
             out.copy_(x)
     rows, mixed, places = as_array(x), as_array(out), _places(box)
     if out is not x:
         for own, row, j, place in zip(mixed, rows, partners, places, strict=True):
-            if large:  # copied here, so that the box is written while the row is in the cache
+            if row_by_row:
                 own[...] = row
             own[place] = rows[j][place]
     for cycle in cycles:
