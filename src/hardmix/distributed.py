@@ -129,7 +129,7 @@ class _GatherWithSum(torch.autograd.Function):
     @staticmethod
     @first_only("gather_with_sum: rows of several processes have first derivatives only; leave out a gradient penalty.")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Not reduce_scatter, which gloo lacks before torch 2.6 and which wants parts of one size.
+        # Not reduce_scatter, which wants parts of one size.
         return _sum(grad)[ctx.place], None, None
 
 

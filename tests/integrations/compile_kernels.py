@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import triton
+from torch.torch_version import TorchVersion
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,7 +22,7 @@ def compile_kernel(kernel: triton.JITFunction, dtype: str = "fp32", **constants:
     types = TYPES | {"logits": f"*{dtype}", "grad": f"*{dtype}"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    if triton.__version__ < "3.3":
+    if TorchVersion(triton.__version__) < "3.3":
         source = ASTSource(kernel, {name: kind for name, kind in signature.items() if name not in constants}, constants)
     else:
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from hardmix.kernels import gpu, mixed_cross_entropy
 from hardmix.kernels.mixed_cross_entropy import _formula_with_ignored
@@ -27,7 +28,7 @@ EPS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 def kernels() -> ModuleType:
     if torch.cuda.is_available():
         pytest.skip("tests/device runs the kernels where there is a GPU")
-    if peer("triton").__version__ < "3.4":
+    if TorchVersion(peer("triton").__version__) < "3.4":
         pytest.skip("needs Triton 3.4, whose interpreter knows numbers of one bit")
     return peer("hardmix.kernels.mixed_cross_entropy_gpu")
 

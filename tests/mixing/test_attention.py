@@ -104,8 +104,6 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("queries", [None, 1])
 def test_arguments_of_the_fused_kernel(name: str, queries: int | None) -> None:
-    if name == "grouped" and torch.__version__ < "2.5":
-        pytest.skip("needs torch 2.5 for groups of heads")
     given, slow, scale = FUSED[name]
     layer = Layer(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **given), 1 if name == "grouped" else 2)
     x = numbers((2, 5, 8))

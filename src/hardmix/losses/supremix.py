@@ -12,7 +12,7 @@ from hardmix import _check
 from hardmix._math import CPU, unit
 from hardmix.kernels.label_contrast import Contrast, Windows, label_contrast, label_windows
 from hardmix.losses._rows import LabelledRows, labelled_rows, reduce_anchors, tied
-from hardmix.mixing.draw import cpu_generator
+from hardmix.mixing.draw import cpu_generator, draw_gamma
 from hardmix.mixing.geodesic import shares
 
 #: factor of a pair in the denominator, by its label distance in units of `label_scale`
@@ -300,7 +300,7 @@ def _shares(
 
     def draw(first: int, last: int) -> Tensor:
         block = torch.Generator().manual_seed(seed + first)
-        a, b = (torch._standard_gamma(value.expand(last - first, rows), generator=block) for value in shape)
+        a, b = (draw_gamma(value.expand(last - first, rows), block) for value in shape)
         return a.div_(a + b).to(z.device, z.dtype)
 
     return draw

@@ -15,7 +15,7 @@ from hardmix import _check
 from hardmix._math import CPU
 from hardmix.kernels.transport import block_of, show_blocks
 from hardmix.mixing.asking import AskingPolicy
-from hardmix.mixing.draw import Pairing, cpu_generator, move, uniform
+from hardmix.mixing.draw import Pairing, cpu_generator, draw_gamma, move, uniform
 from hardmix.mixing.gradients import input_saliency
 from hardmix.mixing.optimal import block_shares, check_blocks
 from hardmix.mixing.plan import MixPlan
@@ -358,7 +358,7 @@ def _log_dirichlet(alpha: float, valid: Tensor, generator: Generator | None) -> 
     """(P, m) float64 logarithms of Dirichlet(alpha, ..., alpha) draws over the valid entries, at least log 1e-8."""
     shape = torch.full(valid.shape, alpha, dtype=torch.float64, device=CPU)
     # As in `draw_beta`: a small alpha would give 0 / 0.
-    gamma = torch._standard_gamma(shape + 1.0, generator=generator)
+    gamma = draw_gamma(shape + 1.0, generator)
     uniform = torch.rand(valid.shape, dtype=torch.float64, device=CPU, generator=generator).clamp_(min=2.0**-60)
     log_gamma = (gamma.log() + uniform.log() / alpha).masked_fill(~valid, -torch.inf)
     return log_gamma.log_softmax(1).clamp(min=math.log(1e-8))
