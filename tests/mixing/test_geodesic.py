@@ -151,6 +151,8 @@ def test_shares_broadcast() -> None:
         for k in range(3):
             torch.testing.assert_close(whole[i, k], slerp(a[i, k], b[i, k], float(lam[i, k])))
     torch.testing.assert_close(slerp(a, b, lam[:, :1])[:, 1], slerp(a[:, 1], b[:, 1], lam[:, 0]))
+    ends = torch.tensor([[0], [1], [1], [0]])
+    assert torch.equal(slerp(a, b, ends.to(torch.uint16)), slerp(a, b, ends.float()))
     assert slerp(a[:0], b[:0], 0.5).shape == (0, 3, 5)
     assert slerp(a, torch.full_like(b, math.nan), 0.5).isnan().all()
     before = a.clone(), b.clone()

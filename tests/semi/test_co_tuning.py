@@ -197,6 +197,9 @@ def test_the_learned_relationship_equals_scikit_learn(seed: int) -> None:
     assert got.argmax(1).tolist() == [0, 1, 2]
     with torch.no_grad():
         assert torch.equal(learned_relationship(probs, y, held, held_y, 3), got)
+    with torch.inference_mode():
+        made_there = [value.clone() for value in (probs, y, held, held_y)]
+        assert torch.equal(learned_relationship(*made_there, 3), got)
 
 
 def test_the_learned_relationship_at_the_edges() -> None:

@@ -95,11 +95,12 @@ def shares(who: str, lam: float | Tensor, device: torch.device, dtype: torch.dty
         return torch.full((), _check.between(who, "lam", lam, 0.0, 1.0), device=device, dtype=dtype)
     if lam.is_complex() or lam.dtype == torch.bool:
         raise TypeError(f"{who}: lam has dtype {lam.dtype}; pass numbers from 0 to 1.")
+    share = lam.to(device, dtype)  # unsigned integers wider than a byte have no smallest value in torch
     if lam.device.type == "cpu" and lam.numel() and not torch.compiler.is_compiling() and not is_transformed():
-        low, high = (float(v) for v in torch.aminmax(lam.detach()))
+        low, high = (float(v) for v in torch.aminmax(lam.detach().to(dtype)))
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(f"{who}: lam holds values from {low:g} to {high:g}; pass numbers from 0 to 1.")
-    return lam.to(device, dtype)
+    return share
 
 
 def _coefficients(gap: Tensor, far: Tensor, lam: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -117,18 +117,19 @@ def calibration_scale(logits: Tensor, labels: Tensor) -> float:
 
 def _fit(probs: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
     """(C_t, C_s) weights of the multinomial logistic regression without a bias, from a first guess."""
-    weight = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight], max_iter=300, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+    with torch.inference_mode(False):  # what is made in there can't be learnt from
+        probs, labels, weight = probs.clone(), labels.clone(), start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [weight], max_iter=300, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(probs @ weight.T, labels) + weight.square().sum() / (2.0 * strength * len(probs))
-        value.backward()
-        return value
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(probs @ weight.T, labels) + weight.square().sum() / (2.0 * strength * len(probs))
+            value.backward()
+            return value
 
-    optimizer.step(loss)
+        optimizer.step(loss)
     return weight.detach()
 
 

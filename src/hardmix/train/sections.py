@@ -30,7 +30,8 @@ def _float_of_int(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Float = Annotated[float, BeforeValidator(_float_of_int)]
+#: Far beyond what any of them means, and far below what overflows float32.
+Float = Annotated[float, BeforeValidator(_float_of_int), Field(ge=-1e9, le=1e9)]
 
 
 class DataSection(Section):
