@@ -323,6 +323,23 @@ def test_a_generator_has_to_be_one():
         Mixup(generator=0)
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float32, "meta")])
+def test_defaults_of_torch_change_nothing(mode, dtype, device):
+    """Neither `torch.set_default_dtype` nor `torch.set_default_device`, which are about what the user makes."""
+    usual, y = torch.get_default_dtype(), torch.arange(4)
+    mixes = [Mixup(**BOTH, prob=0.8, mode=mode, num_classes=4, generator=seeded(1)) for _ in range(2)]
+    want = mixes[0](X, y)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            got = mixes[1](X, y)
+    finally:
+        torch.set_default_dtype(usual)
+    assert got[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_its_soft_labels_lead_back_to_the_mixed_pair(smoothing):
     """Smoothing lifts every class; the floor must not make all of them count as mixed."""

@@ -136,6 +136,14 @@ def test_masks_of_something_else_than_pixels_pass(make):
         assert out[name] is value, name
 
 
+def test_a_mask_in_an_array_is_refused():
+    """It would stay as it is beside an image that is cut; an array of something else passes."""
+    batch = {"image": X, "label": torch.arange(4), "attention_mask": np.ones((4, 5))}
+    assert CutMix(num_classes=4)(batch)["attention_mask"] is batch["attention_mask"]
+    with pytest.raises(TypeError, match=r"CutMix: mask is a ndarray; pass a torch\.Tensor\.$"):
+        CutMix(num_classes=4)({**batch, "seg_mask": np.zeros((4, 8, 8), dtype=np.int64)})
+
+
 def test_a_blended_mask_is_refused():
     mask = torch.randint(5, (4, 8, 8))
     for batch in [(torch.rand(4, 3, 8, 8), mask), (torch.rand(4, 3, 8, 8), {"labels": torch.arange(4), "mask": mask})]:
@@ -170,7 +178,8 @@ X = torch.rand(4, 3, 8, 8)
         ((X, torch.rand(4)), r"labels has shape \(4,\) and dtype torch.float32; pass numbers as rows \(N, 1\)"),
         ((X, torch.tensor(1)), r"labels has shape \(\) .*; pass class ids"),
         ((X,), "labels_getter found a NoneType, no tensor of the batch; pass \\(images, labels\\)"),
-        ((X, [0, 1, 2, 3]), "labels_getter found a NoneType, no tensor"),
+        ((X, [0, 1, 2, 3]), "labels_getter found a list, no tensor"),
+        ((X, np.arange(4)), "labels_getter found a ndarray, no tensor"),
         ((X, {"target": torch.rand(4, 2)}), "labels_getter found a NoneType, no tensor"),
         ((X, torch.rand(3, 2)), "y has 3 entries but the plan has 4 rows"),
         ((torch.rand(4, 8), torch.rand(4, 2)), r"images has shape \(4, 8\); pass a batch with 4 axes"),
@@ -263,6 +272,16 @@ def test_it_mixes_in_a_loader():
     loader = DataLoader(data, batch_size=4, collate_fn=lambda batch: mix(*default_collate(batch)))
     shapes = [(tuple(x.shape), tuple(y.shape)) for x, y in loader]
     assert shapes == [((4, 3, 4, 4), (4, 3))] * 2 + [((2, 3, 4, 4), (2, 3))]
+
+
+@pytest.mark.parametrize("make", [MixUp, CutMix])
+def test_the_default_device_changes_nothing(make):
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    want = make(num_classes=4, generator=seeded())(x, y)
+    mix = make(num_classes=4, generator=seeded())
+    with torch.device("meta"):
+        got = mix(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_its_soft_labels_go_into_the_decoupled_loss():

@@ -198,6 +198,18 @@ def test_moves_without_waiting() -> None:
     assert target.to("meta", non_blocking=True).weights.device.type == "meta"
 
 
+@pytest.mark.parametrize("other", [torch.float16, torch.rand(2)])
+def test_moves_to_devices_alone(other: object) -> None:
+    """A tensor's `to` takes more: class ids in a half type would be rounded."""
+    target = MixedTarget(torch.tensor([[0, 3001]]), torch.tensor([[0.25, 0.75]]))
+    with pytest.raises(
+        TypeError, match=r"MixedTarget\.to: device is a d?[tT]\w+; pass a device, since labels and weigh"
+    ):
+        target.to(other)
+    with pytest.raises(TypeError, match=r"MixedTarget\.to: non_blocking is torch\.float64; pass True or False\.$"):
+        target.to("cpu", torch.float64)
+
+
 def test_is_a_plain_pytree() -> None:
     target = MixedTarget(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
     leaves, spec = torch.utils._pytree.tree_flatten(target)

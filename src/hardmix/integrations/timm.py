@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
+from hardmix._math import CPU
 from hardmix.kernels.blend import box_mask
 from hardmix.mixing import MixPlan, Policy
 from hardmix.mixing.draw import Pairing, cpu_generator, draw_lam, uniform
@@ -173,10 +174,12 @@ class MixupOrCutMix(Policy):
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         rows, size = x.shape[0], tuple(x.shape[2:])
-        drawn = torch.multinomial(torch.tensor(self._probabilities()), rows, replacement=True, generator=generator)
+        chances = torch.tensor(self._probabilities(), dtype=torch.float32, device=CPU)
+        drawn = torch.multinomial(chances, rows, replacement=True, generator=generator)
         kind = self._rows(pairing, drawn)
         blended, cut = kind == 0, kind == 1
-        lam, box = torch.ones(rows), torch.zeros(rows, len(size), 2, dtype=torch.long)  # neither: all own, empty box
+        lam = torch.ones(rows, dtype=torch.float32, device=CPU)  # neither: all own, empty box
+        box = torch.zeros(rows, len(size), 2, dtype=torch.long, device=CPU)
         if blended.any():
             lam = torch.where(blended, draw_lam(self.mix.mixup_alpha, pairing, self.per, generator), lam)
         if not cut.any():

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten  # what torchvision's transforms use as well
 
 from hardmix import _check, mixing
+from hardmix._math import CPU
 from hardmix.mixing import MixPlan, Policy
 from hardmix.mixing.choice import more_than_plans
 from hardmix.mixing.draw import Pairing, cpu_generator
@@ -37,8 +39,8 @@ class Mix(nn.Module):
     plain tensor that is neither the labels nor under a key with "mask" in it. Masks are tv_tensors.Mask, tensors under
     such a key whose last of three or more axes are the image's H and W, and labels of three or more axes: integers
     (N, H, W) or (N, 1, H, W). They are cut with the images; where the policy blends, a mask of class ids has no right
-    answer and is refused, as are boxes, keypoints and PIL images. Everything else passes as it is, such as a mask of
-    tokens or of another size than the image. Nothing is written into.
+    answer and is refused, as are boxes, keypoints, PIL images, and masks in NumPy arrays. Everything else passes as it
+    is, such as a mask of tokens or of another size than the image. Nothing is written into.
 
     >>> mix = Mix(mixing.CutMix(per="sample"), num_classes=10)
     >>> images, labels = mix(torch.rand(4, 3, 32, 32), torch.arange(4))
@@ -111,7 +113,7 @@ class Mix(nn.Module):
                 raise ValueError(f"{self._who}: the batch holds a {kind}, which can't be mixed; take it out.")
             if leaf is labels:
                 kind = "label"
-            elif kind == "tensor" and any("mask" in _key(step) for step in path):
+            elif kind in ("tensor", "array") and any("mask" in _key(step) for step in path):
                 kind = "called a mask"
             roles.append({"Image": "image", "Video": "image", "Mask": "mask"}.get(kind, kind))
         if "image" not in roles and "tensor" in roles:
@@ -119,6 +121,7 @@ class Mix(nn.Module):
         size = paths[roles.index("image")][1].shape[-2:] if "image" in roles else None
         for place, (_, leaf) in enumerate(paths):
             if roles[place] == "called a mask" and leaf.ndim > 2 and leaf.shape[-2:] == size:
+                _check.tensor(self._who, "mask", leaf)  # an array would stay as it is beside its mixed image
                 roles[place] = "mask"  # of pixels; others are of tokens, of padding ...
         return [role if role in ("image", "label", "mask") else "other" for role in roles]
 
@@ -170,7 +173,7 @@ class _TorchvisionMix(Mix):
 
     def plan(self, x: Tensor, labels: Tensor | None) -> MixPlan:
         n = x.shape[0]
-        return self.policy.draw(x, labels, Pairing(torch.arange(-1, n - 1) % n, n - 1), self.generator)
+        return self.policy.draw(x, labels, Pairing(torch.arange(-1, n - 1, device=CPU) % n, n - 1), self.generator)
 
 
 class MixUp(_TorchvisionMix):
@@ -190,7 +193,7 @@ def default_labels(batch: Any) -> Any:
     place = batch
     if isinstance(batch, (tuple, list)):
         place = batch[1] if len(batch) > 1 else None
-        if isinstance(place, Tensor):
+        if not isinstance(place, Mapping):
             return place
     names = (
         [key for key in place if isinstance(key, str) and "label" in key.lower()] if isinstance(place, Mapping) else []
@@ -200,13 +203,15 @@ def default_labels(batch: Any) -> Any:
 
 
 def _kind(leaf: Any) -> str:
-    """The name of a tv_tensor's type, "tensor", "PIL image" or "other"."""
+    """The name of a tv_tensor's type, "tensor", "array", "PIL image" or "other"."""
     tv_tensors = sys.modules.get("torchvision.tv_tensors")
     if tv_tensors is not None and isinstance(leaf, tv_tensors.TVTensor):
         names = ("Image", "Video", "Mask", "BoundingBoxes", "KeyPoints")
         return next((name for name in names if isinstance(leaf, getattr(tv_tensors, name, ()))), "other")
     if isinstance(leaf, Tensor):
         return "tensor"
+    if isinstance(leaf, np.ndarray):
+        return "array"
     return "PIL image" if type(leaf).__module__.startswith("PIL.") else "other"
 
 

@@ -30,6 +30,13 @@ class MixedTarget(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
         """The same target on another device."""
+        # Tensors take a dtype, or a tensor that has one, in this place: class ids would become floats.
+        if isinstance(device, (torch.dtype, Tensor)):
+            raise TypeError(
+                f"MixedTarget.to: device is a {type(device).__name__}; pass a device, since labels and weights keep "
+                "their dtypes."
+            )
+        _check.boolean("MixedTarget.to", "non_blocking", non_blocking)
         labels, weights = (value.to(device, non_blocking=non_blocking) for value in self)
         return MixedTarget(labels, weights)
 
