@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,9 +70,66 @@ def test_a_set_is_found_and_read_in_order(tmp_path: Path, form: str, sub: str) -
     assert train_labels.dtype == torch.long
 
 
-def test_both_splits_have_to_be_there(tmp_path: Path) -> None:
-    write(tmp_path, "train", [rows(0, 2)], "parquet")
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_missing_split_is_named(tmp_path: Path, form: str) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, split, [rows(0, 2)], form)
+    folder = find_tables(tmp_path)
+    assert folder == tmp_path
+    with pytest.raises(
+        FileNotFoundError, match=rf"{tmp_path.name}' has no test/data-\*\.arrow, .*; add that split, or"
+    ):
+        read_table_set(folder, SHAPE, NAMES)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_saved_set_without_the_splits_is_named(tmp_path: Path, name: str) -> None:
+    """One split saved by itself, or splits under other names."""
+    write(tmp_path, "all", [rows(0, 2)], "arrow")
+    (tmp_path / name).write_text("{}")
+    folder = find_tables(tmp_path)
+    assert folder == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"has no train/.* save a DatasetDict with 'train' and 'test'\."):
+        read_table_set(folder, SHAPE, NAMES)
+
+
+def test_a_folder_of_anything_else_holds_no_set(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "cache-1.arrow").write_bytes(b"x")
     assert find_tables(tmp_path) is None
+
+
+def test_parquet_files_in_a_folder_for_each_split(tmp_path: Path) -> None:
+    """As the hub converts sets: train/0000.parquet."""
+    for split, start in (("train", 0), ("test", 50)):
+        write(tmp_path / "plain_text" / split, "0000", [rows(start, 3)], "parquet")
+        (tmp_path / "plain_text" / split / "._0000.parquet").write_bytes(b"x")
+    folder = find_tables(tmp_path)
+    assert folder == tmp_path / "plain_text"
+    _, train, _, test = read_table_set(folder, SHAPE, NAMES)
+    assert (train.tolist(), test.tolist()) == ([0, 1, 2], [2, 0, 1])
+
+
+def test_files_of_an_earlier_save_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "train", [rows(0, 5), rows(5, 3)], "arrow")
+    write(tmp_path, "train", [rows(0, 8)], "arrow")
+    write(tmp_path, "test", [rows(50, 4)], "arrow")
+    state = tmp_path / "train" / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    assert len(read_table_set(tmp_path, SHAPE, NAMES)[0]) == 8
+    (tmp_path / "train" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train' has no data-00000-of-00001\.arrow, which its state\.json lists"
+    ):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": [1]}', '{"_data_files": []}', "[" * 100_000])
+def test_without_a_list_all_files_are_read(tmp_path: Path, state: str) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 2), rows(2, 2)], "arrow")
+        (tmp_path / split / "state.json").write_text(state)
+    assert len(read_table_set(tmp_path, SHAPE, NAMES)[0]) == 4
 
 
 def test_other_label_columns(tmp_path: Path) -> None:
@@ -88,6 +148,43 @@ def test_labels_follow_the_names_of_the_file(tmp_path: Path, form: str) -> None:
     assert train.tolist() == test.tolist() == [2, 1, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [(("C", " b", "A!"), [2, 1, 0, 2]), (("0", "1", "2"), [0, 1, 2, 0]), (("b", "c", "a"), [1, 2, 0, 1])],
+)
+def test_names_that_are_written_differently(tmp_path: Path, names: tuple[str, ...], labels: list[int]) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 4)], "parquet", names=names)
+    assert read_table_set(tmp_path, SHAPE, NAMES)[1].tolist() == labels
+
+
+@pytest.mark.parametrize(("names", "odd"), [(("a", "b", "car"), "car"), (("b", "b", "a"), "b"), (("0", "2", "1"), "0")])
+def test_other_classes_are_named(tmp_path: Path, names: tuple[str, ...], odd: str) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 4)], "parquet", names=names)
+    with pytest.raises(ValueError, match=rf"parquet' has the classes .*{odd!r}.* instead of 'a', 'b', 'c'; "):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_every_file_counts_by_its_own_names(tmp_path: Path) -> None:
+    for number, names in enumerate((NAMES[::-1], NAMES)):
+        write(tmp_path / "one", "train", [rows(3 * number, 3)], "parquet", names=names)
+        (tmp_path / "one" / "train-00000-of-00001.parquet").rename(tmp_path / f"train-0000{number}-of-00002.parquet")
+    write(tmp_path, "test", [rows(0, 3)], "parquet")
+    assert read_table_set(tmp_path, SHAPE, NAMES)[1].tolist() == [2, 1, 0, 0, 1, 2]
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 3), rows(3, 3)], "parquet")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train-00000-of-00002.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    train, labels, _, _ = read_table_set(tmp_path, SHAPE, NAMES)
+    assert (train.shape, labels.tolist()) == ((3, *SHAPE), [0, 1, 2])
+
+
 def without_bytes() -> dict[str, Any]:
     values = rows(0, 3)
     values["img"][1] = {"bytes": None, "path": "/etc/passwd"}
@@ -104,7 +201,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "label text": ({**rows(0, 3), "label": ["a", "b", "c"]}, "has the label 'a' at row 0"),
     "label float": ({**rows(0, 3), "label": [0.0, 1.0, 2.0]}, "has the label 0.0 at row 0"),
     "another size": ({"img": [{"bytes": encoded(1, 5)}], "label": [0]}, r"has an image of \(3, 5, 5\) at row 0"),
-    "not an image": ({"img": [{"bytes": b"junk"}], "label": [0]}, "row 0 of '.*train' is not an image"),
+    "not an image": ({"img": [{"bytes": b"junk"}], "label": [0]}, "row 0 of '.*train-.*parquet' is not an image"),
 }
 
 
@@ -120,7 +217,7 @@ def test_bad_tables_are_named(tmp_path: Path, kind: str) -> None:
 def test_another_number_of_classes_is_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write(tmp_path, split, [rows(0, 3)], "arrow", names=("a", "b"))
-    with pytest.raises(ValueError, match=r"train' has 2 classes instead of 3"):
+    with pytest.raises(ValueError, match=r"train/data-00000-of-00001\.arrow' has 2 classes instead of 3"):
         read_table_set(tmp_path, SHAPE, NAMES)
 
 
@@ -132,6 +229,45 @@ def test_damaged_files_are_named(tmp_path: Path, form: str, content: bytes) -> N
     path = next(path for path in sorted(tmp_path.rglob("*train*/*" if form == "arrow" else "train*.parquet")))
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"read_table_set: '.*{path.name}' is damaged .*; fetch it again"):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_an_arrow_file_whose_offsets_lie_is_damaged(tmp_path: Path) -> None:
+    """Arrow itself takes them as they are, and reads memory of something else."""
+    values = rows(0, 3)
+    for split in ("train", "test"):
+        write(tmp_path, split, [values], "arrow")
+    path = tmp_path / "train" / "data-00000-of-00001.arrow"
+    first, second = (len(image["bytes"]) for image in values["img"][:2])
+    good, lie = struct.pack("<3i", 0, first, first + second), struct.pack("<3i", 0, 2**31 - 1, -1)
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, lie))
+    with pytest.raises(
+        ValueError, match=rf"^read_table_set: .*{path.name}' is damaged \(ArrowInvalid\); fetch it again"
+    ):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_a_column_name_that_is_no_text_is_damaged(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 3)], "arrow", names=None)
+    path = tmp_path / "train" / "data-00000-of-00001.arrow"
+    path.write_bytes(path.read_bytes().replace(b"img", b"\xffmg"))
+    with pytest.raises(ValueError, match=rf"^read_table_set: .*{path.name}' is damaged"):
+        read_table_set(tmp_path, SHAPE, NAMES)
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, [rows(0, 3)], "arrow")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("pyarrow.OSFile", refuse)
+    with pytest.raises(
+        ValueError, match=r"^read_table_set: .*arrow' can't be read \(Permission denied\); pass another"
+    ):
         read_table_set(tmp_path, SHAPE, NAMES)
 
 
