@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-Step = Callable[[], object]
+Step = Callable[[Tensor, Tensor], object]
 
 _keep_alive = []
 
@@ -37,11 +37,11 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def mixing_steps(x: Tensor, y: Tensor, num_classes: int) -> tuple[dict[str, Step], dict[str, str]]:
-    """(name -> a call that mixes `x` and its labels as a training loop would, package -> version).
+def mixing_steps(num_classes: int) -> tuple[dict[str, Step], dict[str, str]]:
+    """(name -> a call that mixes a batch and its labels as a training loop would, package -> version).
 
-    timm writes into `x`, torchvision and kornia return a new batch. Lambda is drawn once a batch unless the name says
-    otherwise.
+    timm writes into the batch, torchvision and kornia return a new one. Lambda is drawn once a batch unless the name
+    says otherwise.
     """
     steps: dict[str, Step] = {}
     versions: dict[str, str] = {}
@@ -51,7 +51,7 @@ def mixing_steps(x: Tensor, y: Tensor, num_classes: int) -> tuple[dict[str, Step
 
         for name, cls in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)):
             mix = cls(num_classes=num_classes)
-            steps[f"torchvision {name}, new"] = lambda mix=mix: mix(x, y)
+            steps[f"torchvision {name}, new"] = mix
     except ImportError:
         pass
     try:
@@ -63,7 +63,7 @@ def mixing_steps(x: Tensor, y: Tensor, num_classes: int) -> tuple[dict[str, Step
             for name, options in (("mixup", {}), ("cutmix", {"mixup_alpha": 0.0, "cutmix_alpha": 1.0})):
                 mix = Mixup(mode=mode, num_classes=num_classes, **options)
                 label = name if mode == "batch" else f"{name} per sample"
-                steps[f"timm {label}, in place"] = lambda mix=mix: mix(x, y)
+                steps[f"timm {label}, in place"] = mix
     except ImportError:
         pass
     try:
@@ -76,8 +76,8 @@ def mixing_steps(x: Tensor, y: Tensor, num_classes: int) -> tuple[dict[str, Step
             warnings.simplefilter("ignore")
             kornia_mix = augmentation.RandomMixUpV2(data_keys=keys)
             kornia_cut = augmentation.RandomCutMixV2(data_keys=keys, use_correct_lambda=True)
-        steps["kornia mixup per sample, new"] = lambda: kornia_mix(x, y)
-        steps["kornia cutmix per sample, new"] = lambda: kornia_cut(x, y)
+        steps["kornia mixup per sample, new"] = kornia_mix
+        steps["kornia cutmix per sample, new"] = kornia_cut
     except ImportError:
         pass
     return steps, versions

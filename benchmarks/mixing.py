@@ -10,17 +10,20 @@ labels; "compiled" is the same through `torch.compile`, where a C++ compiler is 
 that are installed) mix the labels too.
 
 The cases of a table take turns in one process, each round starting with another case; a case is the median of its
-rounds. Caches are "cold" when 64 MB are written before each call, as after a training step, and "warm" when the call
-has just been made once before; for large batches there is no difference. By default the C library gives large blocks
-back to the system and takes them page by page again, which costs a new batch several times the arithmetic; with "kept"
-blocks it does not, which is close to what a GPU's caching allocator does. The script runs itself once for each
-allocator and number of threads. CPU is the time of the process, wall that of the clock; threads that wait do so
-as torch's do anywhere, which counts as CPU time.
+rounds. Caches are "warm" when the call has just been made once before; "fresh" when it has been made with another
+batch, and the timed one is the next of so many that none of them is in the caches, as when batches come from somewhere
+else; and "cold" when 64 MB are written before each call, so that the code has to come from memory too, as after a
+training step. For large batches there is no difference. By default the C library gives large blocks back to the system
+and takes them page by page again, which costs a new batch several times the arithmetic; with "kept" blocks it does not,
+which is close to what a GPU's caching allocator does. The script runs itself once for each allocator and number of
+threads. CPU is the time of the process, wall that of the clock; threads that wait do so as torch's do anywhere, which
+counts as CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -28,69 +31,78 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 from _worker import ALLOCATORS, run_worker, save
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Case = Callable[["Tensor", "Tensor"], object]
 RESULTS = Path(__file__).parent / "results" / "mixing.json"
 SHAPES = ("128x3x224x224", "128x3x32x32")
 DTYPES = ("float32", "uint8")
 LARGE = 2**22  # values; from this size on the batch alone fills the caches
+#: Bytes of batches and buffers between two uses of the same one, where batches are fresh.
+RING = 160 * 2**20
 POLICIES = ("Mixup", "CutMix", "FMix", "GridMix", "ResizeMix", "SmoothMix")
 
 
-def build_cases(shape: list[int], dtype_name: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """(name -> call, package -> version)"""
+def build_cases(rows: int, generator: Generator) -> tuple[dict[str, Case], dict[str, str]]:
+    """(name -> call with a batch and a buffer like it, package -> version)"""
     import torch
 
     import _peers
     import hardmix
     from hardmix import mixing
 
-    dtype = getattr(torch, dtype_name)
-    x = torch.rand(shape) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
-    changing, buffer = x.clone(), torch.empty_like(x)
-    y = torch.arange(shape[0]) % 10
-    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(rows) % 10
 
-    def compile_alone(call: Callable[[], object], name: str) -> Callable[[], object]:
+    def compile_alone(call: Callable[..., object], name: str) -> Case:
         """`call` compiled as code of its own: of functions that share code, each looks past those compiled before."""
         assert isinstance(call, FunctionType)
         code = call.__code__.replace(co_name=name)
         own = FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
         return torch.compile(own, fullgraph=True)
 
-    def make_cases(policy: mixing.policy.Policy) -> dict[str, Callable[[], object]]:
+    def make_cases(policy: mixing.policy.Policy) -> dict[str, Case]:
         name = type(policy).__name__
         return {
-            "out=": lambda: policy.plan(x, y, generator=generator).blend(x, out=buffer),
-            "in place": lambda: policy.plan(changing, y, generator=generator).blend_(changing),
-            "new": lambda: policy(x, y, generator=generator),
+            "out=": lambda x, buffer: policy.plan(x, y, generator=generator).blend(x, out=buffer),
+            "in place": lambda x, buffer: policy.plan(x, y, generator=generator).blend_(x),
+            "new": lambda x, buffer: policy(x, y, generator=generator),
             # With torch's own generator, the one that compiled code can take.
-            "compiled out=": compile_alone(lambda: policy.plan(x, y).blend(x, out=buffer), f"{name}_out"),
-            "compiled new": compile_alone(lambda: policy(x, y), f"{name}_new"),
+            "compiled out=": compile_alone(lambda x, buffer: policy.plan(x, y).blend(x, out=buffer), f"{name}_out"),
+            "compiled new": compile_alone(lambda x, buffer: policy(x, y), f"{name}_new"),
         }
 
-    cases: dict[str, Callable[[], object]] = {"copy_": lambda: buffer.copy_(x)}
+    cases: dict[str, Case] = {"copy_": lambda x, buffer: buffer.copy_(x)}
     for name in POLICIES:
         cases.update({f"{name}, {form}": case for form, case in make_cases(getattr(mixing, name)()).items()})
-    peers, versions = _peers.mixing_steps(changing, y, num_classes=10)
-    return cases | peers, {"hardmix": hardmix.__version__, "torch": torch.__version__} | versions
+    steps, versions = _peers.mixing_steps(num_classes=10)
+    cases.update({name: lambda x, buffer, step=step: step(x, y) for name, step in steps.items()})
+    return cases, {"hardmix": hardmix.__version__, "torch": torch.__version__} | versions
 
 
-def measure(shape: list[int], dtype: str, caches: str, rounds: int) -> dict:
+def measure(shape: list[int], dtype_name: str, caches: str, rounds: int) -> dict:
     """One table: name -> median CPU and wall milliseconds and their ratios to copy_."""
     import torch
 
-    cases, versions = build_cases(shape, dtype)
+    dtype, generator = getattr(torch, dtype_name), torch.Generator().manual_seed(0)
+    clean = torch.rand(shape) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
+    count = math.ceil(RING / (2 * clean.nbytes)) if caches == "fresh" else 1
+    batches = [(clean.clone(), torch.empty_like(clean)) for _ in range(count)]
+    cases, versions = build_cases(len(clean), generator)
     raising = {}
     for name, call in cases.items():
         try:
-            call()
+            call(*batches[0])
         except Exception as error:
             raising[name] = type(error).__name__
     names = [name for name in cases if name not in raising]
     spoil = torch.zeros(16 * 2**20)
     times: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    coming = itertools.cycle(batches)
     for turn in range(rounds):
         first = turn * 7 % len(names)
         for name in names[first:] + names[:first]:
@@ -98,9 +110,10 @@ def measure(shape: list[int], dtype: str, caches: str, rounds: int) -> dict:
             if caches == "cold":
                 spoil.add_(1.0)
             else:
-                call()
+                call(*next(coming))
+            x, buffer = next(coming)
             wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-            call()
+            call(x, buffer)
             times[name].append((time.process_time_ns() - cpu, time.perf_counter_ns() - wall))
     medians = {name: [statistics.median(column) / 1e6 for column in zip(*times[name], strict=True)] for name in names}
     base = medians["copy_"]
@@ -141,7 +154,7 @@ def main() -> None:
         for dtype in args.dtype:
             for allocator in args.allocator:
                 for threads in args.threads:
-                    for caches in ("cold",) if large else ("cold", "warm"):
+                    for caches in ("cold",) if large else ("cold", "fresh", "warm"):
                         setting = {"shape": shape, "dtype": dtype, "allocator": allocator, "threads": threads}
                         rounds = args.rounds or (11 if large else 60)
                         setting |= {"caches": caches, "rounds": rounds}
