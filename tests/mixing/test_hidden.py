@@ -180,6 +180,69 @@ def test_activation_checkpointing_of_a_clean_step_stays_clean(reentrant: bool, b
         assert torch.allclose(got.grad, want.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("order", ["one backward", "first to last", "last to first", "before the next draw is used"])
+def test_activation_checkpointing_of_several_draws(reentrant: bool, order: str) -> None:
+    """Each forward is run again with its own plan, a clean one among them without."""
+    x = X.clone().requires_grad_()
+
+    def train(recompute: bool) -> Net:
+        model, losses = net(), []
+        mix = ManifoldMixup(model, ["layer1"], include_input=False)
+
+        def run() -> None:
+            out = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
+            losses.append(out.square().sum())
+
+        for step in range(3):
+            for _ in range(3):
+                mix(x, Y, generator=rng(len(losses)))
+                if order == "before the next draw is used" and losses:
+                    losses.pop(0).backward()
+                run()
+            if step < 2:
+                run()
+            if order == "one backward":
+                torch.stack(losses).sum().backward()
+            for loss in losses if order == "first to last" else losses[::-1] if order == "last to first" else []:
+                loss.backward()
+            if order != "before the next draw is used":
+                losses.clear()
+        for loss in losses:
+            loss.backward()
+        return model
+
+    for got, want in zip(train(True).parameters(), train(False).parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, atol=1e-4)
+
+
+def test_a_draw_inside_a_checkpoint_is_drawn_again() -> None:
+    def train(recompute: bool) -> Net:
+        torch.manual_seed(3)
+        model = net()
+        mix = ManifoldMixup(model, ["layer1"], include_input=False)
+
+        def loss() -> Tensor:
+            return model(mix(X, Y)[0]).square().sum()
+
+        for _ in range(2):
+            (checkpoint(loss, use_reentrant=False) if recompute else loss()).backward()
+        return model
+
+    for got, want in zip(train(True).parameters(), train(False).parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, atol=1e-4)
+
+
+def test_one_seed_mixes_each_forward_of_a_step_alike() -> None:
+    """As a closure of LBFGS or two passes at one batch need it, where a second forward of one draw is clean."""
+    model = net()
+    mix = ManifoldMixup(model, ["layer1", "layer2"])
+    for step in range(6):
+        first, second = (model(mix(X, Y, generator=rng(step))[0]) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, net()(X))
+
+
 def test_the_model_is_not_kept() -> None:
     model = net()
     mix = ManifoldMixup(model, ["layer1"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ class ManifoldMixup(Policy):
 
     Copies: a copied or unpickled policy has no hooks; call `attach(model)`. A copied or unpickled model (an average of
     the weights, say) carries hooks that do nothing. Activation checkpointing: the layer is mixed again, with the same
-    plan, when its forward is run again during the backward pass; run the model once between a draw and its backward.
+    plan, when its forward is run again during the backward pass, also where several draws are trained with at once.
     torch.compile takes all layers of one class for alike, with a hook or without, unless
     `torch._dynamo.config.skip_nnmodule_hook_guards` is False: set it before the model is compiled.
     Shapes: any batch (N, ...) of 2 to 5 axes. `plan` alone draws a plan and arms nothing.
@@ -96,11 +98,12 @@ class ManifoldMixup(Policy):
         """Take the hooks off the model."""
         take_off(self._state.hooks)
         self._state.attached = False
+        self._state.forwards.clear()
         self.disarm()
 
     def disarm(self) -> None:
         """Take back a draw that no forward has used, for a step that is skipped on purpose."""
-        self._state.plan = self._state.layer = self._state.used = None
+        self._state.plan = self._state.layer = None
 
     def draw(self, x: Tensor, y: Tensor | None, pairing: Pairing, generator: Generator | None) -> MixPlan:
         lam = self._lam(pairing, generator)
@@ -127,13 +130,15 @@ class ManifoldMixup(Policy):
                 "torch._dynamo.config.skip_nnmodule_hook_guards is set to False before), or call disarm()."
             )
         cpu_generator(who, generator)
-        state.used = None
+        if not is_rerun():
+            state.forget()
         first = 0 if self.include_input else 1
         layer = int(torch.randint(first, len(state.names) + 1, (1,), device=CPU, generator=generator)) - 1
         if layer < 0:
             return super().forward(x, y, generator=generator, kind=kind)
         plan, target = self._plan_and_target(x, y, generator, kind)
         state.plan, state.layer = plan, layer
+        state.start, state.inside = torch.autograd._get_sequence_nr(), is_rerun()
         return x, target
 
     def _check_layers(self, state: _State) -> None:
@@ -185,8 +190,18 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     return children[0] if len(children) == 1 and not module._parameters else None
 
 
+@dataclass
+class _Forward:
+    """A forward that activation checkpointing may run again, in which a layer was mixed, or (plan None) was not."""
+
+    start: int  # the nodes of its graph have this or a larger sequence number
+    layer: int
+    plan: MixPlan | None
+    again: bool = False  # it was run again
+
+
 class _State:
-    """What the hooks of one policy share with it: the armed plan, and the one that was used last."""
+    """What the hooks of one policy share with it: the armed plan, and those that were used."""
 
     def __init__(self, policy: type[ManifoldMixup]) -> None:
         self.policy = policy
@@ -195,9 +210,26 @@ class _State:
         self.hooks: list[weakref.finalize[..., Any]] = []
         self.plan: MixPlan | None = None
         self.layer: int | None = None
-        self.used: tuple[int, MixPlan] | None = None
+        self.start = 0  # the sequence number at the draw
+        self.inside = False  # the armed plan was drawn inside of what is run again
+        self.forwards: deque[_Forward] = deque(maxlen=64)  # of models that are not checkpointed, none is ever asked for
         self.model: weakref.ref[nn.Module] | None = None
         self.modules: list[weakref.ref[nn.Module]] = []  # those of the names
+
+    def again(self, layer: int) -> MixPlan | None:
+        """The plan of the forward that is run again, if it mixed this layer."""
+        if not self.forwards:
+            return None
+        # The node that the backward pass is at belongs to that forward's graph.
+        node: Any = torch._C._current_autograd_node()
+        at = -1 if node is None else node._sequence_nr()
+        forward = next((forward for forward in reversed(self.forwards) if forward.start <= at), self.forwards[-1])
+        forward.again = True
+        return forward.plan if forward.layer == layer else None
+
+    def forget(self) -> None:
+        """Forget what was run again before: its backward pass is over."""
+        self.forwards = deque((forward for forward in self.forwards if not forward.again), self.forwards.maxlen)
 
 
 class WeakHook:
@@ -239,15 +271,18 @@ class _LayerHook(WeakHook):
         if not self.live(module) or not self.training():
             return None
         state: _State = self.state()
-        if state.plan is not None and state.layer == self.index:
-            plan, state.plan = state.plan, None
-            state.used = (self.index, plan)
-        elif state.used is None or state.used[0] != self.index:
-            return None
-        elif is_rerun():
-            plan = state.used[1]
+        plan: MixPlan | None
+        if is_rerun() and not state.inside:
+            plan = state.again(self.index)
+        elif state.plan is not None and state.layer == self.index:
+            plan, state.plan, state.inside = state.plan, None, False
+            state.forwards.append(_Forward(state.start, self.index, plan))
         else:
-            state.used = None  # a clean forward, which activation checkpointing must run again clean
+            plan, last = None, state.forwards[-1] if state.forwards else None
+            if last is not None and last.plan is not None and last.layer == self.index:
+                # A clean forward; the node of a checkpoint around the layer may be the last one before it.
+                state.forwards.append(_Forward(torch.autograd._get_sequence_nr() - 1, self.index, None))
+        if plan is None:
             return None
         if isinstance(output, Tensor):
             return state.policy.mix_layer(plan, output)
