@@ -609,6 +609,15 @@ def test_a_list_and_a_folder_of_unlabelled_files(tmp_path: Path, monkeypatch: py
         assert len(load_few_labels(".", labelled="labels.csv", unlabelled=place).unlabelled) == 9
 
 
+def test_links_to_folders_lead_to_images_but_not_into_the_test_split(tmp_path: Path) -> None:
+    root = listed(tmp_path / "photos", BODY)
+    (root / "images").rename(tmp_path / "elsewhere")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    (root / "more").symlink_to(root / "test")
+    data = load_few_labels(root, labelled="labels.csv")
+    assert reds(data.unlabelled) == [1, 2, 4, 5, 6, 8, 9, 10, 11]
+
+
 def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
     rows = [f"images/{i:02d}.png,{'cat' if i % 3 else 'dog'}\n" for i in range(9)]
     listed(tmp_path, "".join(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,35 @@ def test_pixels_labels_and_files_belong_together(tmp_path: Path) -> None:
             number = ("cat", "dog", "emu").index(path.parent.name)
             assert images.labels[i] == number
             assert int(pixels[i, 0, 0, 0]) == 10 * number + int(path.stem)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    single_root(tmp_path / "photos")
+    for i in range(5):
+        save(tmp_path / "elsewhere" / f"{i}.png")
+    (tmp_path / "photos" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "cat" / "twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "photos" / "cat")
+    data = load_folder(tmp_path / "photos")
+    assert len(data.train) + len(data.test) == 35
+    assert sum("more" in name for name in names(data.train) + names(data.test)) == 5
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single_root(tmp_path)
+    save(tmp_path / "cat" / "shut" / "1.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        ValueError, match=r"^load_folder: '.*shut' can't be read \(Permission denied\); let it be read or"
+    ):
+        load_folder(tmp_path)
 
 
 def test_the_size_is_the_median_shorter_side(tmp_path: Path) -> None:

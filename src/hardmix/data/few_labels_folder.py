@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from hardmix.data.few_labels import FewLabelData, without_labels
 from hardmix.data.folder import (
     LARGEST_DEFAULT,
     STATISTICS_SAMPLES,
-    SUFFIXES,
     TEST_FRACTION,
     TEST_SEED,
     Listing,
@@ -26,6 +25,8 @@ from hardmix.data.folder import (
     _try_all,
     _unreadable,
     _without,
+    images_below,
+    is_image,
     split_folders,
 )
 from hardmix.data.images import FileImages, channel_statistics, check_channels
@@ -190,12 +191,12 @@ def _labelled_and_not(
     if place.is_dir():
         listing = _classes_in(place)
         root = _place(path, "unlabelled", "unlabelled" if unlabelled is None else unlabelled)
-        pool = _images_below(root)
+        pool = images_below(WHO, root)
     else:
         listing = _listed_files(path, place, on_error)
         root = path if unlabelled is None else _place(path, "unlabelled", unlabelled)
         named = set(map(_key, listing.paths))
-        pool = [file for file in _images_below(root, held_out.values()) if _key(file) not in named]
+        pool = [file for file in images_below(WHO, root, held_out.values()) if _key(file) not in named]
     if not pool:
         raise ValueError(
             f"{WHO}: {shown(root)} holds no unlabelled image; add some, or pass another folder as unlabelled."
@@ -234,20 +235,6 @@ def _classes_in(root: Path) -> Listing:
         raise ValueError(_ours(str(error))) from None
 
 
-def _images_below(root: Path, left_out: Iterable[Path] = ()) -> list[Path]:
-    """All images in a folder and those below it, sorted, except those in the folders `left_out`."""
-    others = set(map(_key, left_out))
-    found = []
-    for place, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name[0] != "." and _key(os.path.join(place, name)) not in others]
-        found += [Path(place) / name for name in files if name[0] != "." and _is_image(name)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
 def _key(path: str | os.PathLike[str]) -> str:
     """The same text for each spelling of a path."""
     return os.path.normcase(os.path.abspath(path))
@@ -282,7 +269,7 @@ def _listed_files(path: Path, table: Path, on_error: str) -> Listing:
     missing = [(number, file) for number, file, _ in first.values() if not os.path.isfile(file)]
     if missing and on_error == "raise":
         number, name = missing[0][0], missing[0][1].relative_to(path).as_posix()
-        near = _check.did_you_mean(name, [file.relative_to(path).as_posix() for file in _images_below(path)])
+        near = _check.did_you_mean(name, [file.relative_to(path).as_posix() for file in images_below(WHO, path)])
         raise ValueError(
             f"{where} names {len(missing)} of {len(first)} files that aren't in {shown(path)}, the first of them "
             f"{name!r:.60} in row {number}{near}; correct or add them, or {OR_SKIP}."
@@ -303,7 +290,7 @@ def _rows(where: str, table: Path) -> list[tuple[int, str, str]]:
                 f"{where} has one word in row {single} and needs a file and its class; separate them with a comma."
             )
     header: list[str] = []
-    if not any(map(_is_image, cells[0])):
+    if not any(map(is_image, cells[0])):
         header = [name.lower() for name in cells.pop(0)]
         numbers.pop(0)
     if not cells:
@@ -315,7 +302,7 @@ def _rows(where: str, table: Path) -> list[tuple[int, str, str]]:
             "and val/CLASS, and delete their rows and the column."
         )
     width = len(cells[0])
-    images = [sum(_is_image(row[column]) for row in cells) for column in range(width)]
+    images = [sum(is_image(row[column]) for row in cells) for column in range(width)]
     file = images.index(max(images))
     if width == 2:
         classes = [1 - file]

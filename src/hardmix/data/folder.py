@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -154,6 +154,39 @@ def _split_roots(path: Path) -> dict[str, Path]:
     return {"train": path}
 
 
+def images_below(who: str, root: Path, left_out: Iterable[Path] = ()) -> list[Path]:
+    """All images in a folder and those below it, sorted, except those in the folders `left_out`.
+
+    Links to folders are followed, and each folder is looked into once, however many lead there.
+
+    Raises:
+        ValueError: a folder that can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"{who}: {shown(error.filename)} can't be read ({error.strerror}); let it be read or remove it."
+        )
+
+    seen = {os.path.realpath(folder) for folder in (root, *left_out)}
+    found = []
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        fresh: dict[str, str] = {}  # what a folder leads to, and the first that leads there
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(place, name))
+            if name[0] != "." and real not in seen:
+                fresh.setdefault(real, name)
+        seen |= fresh.keys()
+        folders[:] = fresh.values()
+        found += [Path(place) / name for name in files if name[0] != "." and is_image(name)]
+    return sorted(found)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is called as images are."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
 def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
@@ -163,17 +196,10 @@ def _list(root: Path, taken_for: str = "") -> Listing:
     paths: list[Path] = []
     classes: list[str] = []
     for folder in _visible(root):
-        files = []
-        for place, inner, names in os.walk(folder):
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            files += [
-                Path(place) / name
-                for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-            ]
+        files = images_below("load_folder", folder)
         if not files:
             raise ValueError(f"load_folder: {shown(folder)} holds no images; add some or remove the folder.")
-        paths += sorted(files)
+        paths += files
         classes += [folder.name] * len(files)
     if not paths:
         taken = f", taken for the {taken_for} split," if taken_for else ""
