@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import socket
 import struct
@@ -105,6 +106,24 @@ def test_labels_out_of_range_are_named(places: dict[str, Path]) -> None:
     write_idx(places["work"], top=11)
     with pytest.raises(ValueError, match="labels holds 10; pass class ids from 0 to 9"):
         load_images("fashion-mnist")
+
+
+def test_files_and_folders_that_may_not_be_read_are_named(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx(places["work"])
+    first = folder / f"{FILES[0]}.gz"
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(OSError, match=rf"^load_images: '{first}' can't be read \(Permission denied\); let it be"):
+            load_images("fashion-mnist", folder)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(OSError, match=rf"^find: '{folder}' can't be looked into \(Permission denied\); let it be read"):
+        find("fashion-mnist", folder)
 
 
 def test_a_path_that_holds_nothing_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -310,6 +311,16 @@ def test_missing_files_are_named(tmp_path: Path, form: str, gone: str) -> None:
     WRITERS[form](tmp_path)
     (tmp_path / gone).unlink()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}' has no {gone}; add what is missing"):
+        read_cifar10(tmp_path)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("name", ["data_batch_4", "test_batch"])
+def test_a_batch_that_is_a_copy_of_another_one_is_named(tmp_path: Path, form: str, name: str) -> None:
+    WRITERS[form](tmp_path)
+    suffix = next(tmp_path.glob("data_batch_2*")).suffix
+    shutil.copy(tmp_path / f"data_batch_2{suffix}", tmp_path / f"{name}{suffix}")
+    with pytest.raises(ValueError, match=rf"{name}{suffix}' holds the same images as 'data_batch_2{suffix}'; fetch it"):
         read_cifar10(tmp_path)
 
 

@@ -255,5 +255,5 @@ def test_threads_keep_the_order_and_raise_the_first_failure() -> None:
 
 def test_a_folder_called_like_an_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(UnreadableImageError, match=r"a.png' can't be decoded \(\w+Error"):
+    with pytest.raises(UnreadableImageError, match=r"a.png' can't be read \(Is a directory\)$"):
         read(tmp_path / "a.png")

@@ -189,6 +189,7 @@ def load_images(
     Raises:
         ValueError: unknown name (the nearest one is offered), damaged files, or a set that is not complete.
         FileNotFoundError: the set is nowhere; the message says where it was looked for and how to get it.
+        OSError: files that can't be read.
     """
     who = "load_images"
     entry = CATALOG[_check.choice(who, "name", name, CATALOG)]
@@ -209,7 +210,15 @@ def load_images(
     assert entry.shape is not None
     if channels not in (None, entry.shape[0]):
         raise ValueError(f"{who}: channels is {channels!r}, but {name} has {entry.shape[0]}; leave it out.")
-    train, train_labels, test, test_labels = _read(entry, Path(place.path))
+    try:
+        train, train_labels, test, test_labels = _read(entry, Path(place.path))
+    except OSError as error:
+        if not error.errno:  # a reader's own, which says it all
+            raise
+        raise OSError(
+            f"{who}: {shown(error.filename or place.path)} can't be read ({error.strerror}); let it be read, or pass "
+            "another folder as path."
+        ) from None
     for split, pixels, count in (("training", train, entry.train), ("test", test, entry.test)):
         if len(pixels) != count:
             raise ValueError(
@@ -238,6 +247,7 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Whereabouts:
     Raises:
         ValueError: unknown name, or a `path` given for a set that comes with a package.
         FileNotFoundError: `path` is no folder, or holds no file of the set.
+        OSError: a folder that can't be looked into.
     """
     who = "find"
     entry = CATALOG[_check.choice(who, "name", name, CATALOG)]
@@ -281,7 +291,12 @@ def _holder(entry: Entry, folder: Path) -> Path | None:
     """The folder, at or below `folder`, that holds files of the set in any of its forms."""
     if not entry.forms:
         return folder
-    return next((found for look, _ in entry.forms if (found := look(folder)) is not None), None)
+    try:
+        return next((found for look, _ in entry.forms if (found := look(folder)) is not None), None)
+    except OSError as error:
+        raise OSError(
+            f"find: {shown(folder)} can't be looked into ({error.strerror}); let it be read, or move it away."
+        ) from None
 
 
 def _read(entry: Entry, folder: Path) -> Arrays:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,8 @@ def read_cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Raises:
         FileNotFoundError: a batch or a label file is missing; all missing ones are named.
-        ValueError: a damaged file, another number of labels than images, a label outside 0..9.
+        ValueError: a damaged file, another number of labels than images, a label outside 0..9, two batches of the same
+            images.
     """
     suffix = _suffix(folder)
     assert suffix is not None, "find_cifar said there is a batch"
@@ -48,15 +50,20 @@ def read_cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"read_cifar10: {shown(folder)} has no {', '.join(missing)}; add what is missing.")
+    paths = [folder / (name + suffix) for name in (*TRAIN, *TEST)]
     if suffix == ".png":
-        train = _sheets([folder / f"{name}.png" for name in TRAIN], folder / SHEET_LABELS[0])
-        test = _sheets([folder / f"{name}.png" for name in TEST], folder / SHEET_LABELS[1])
+        pixels = list(in_threads(_sheet, paths))
+        train_labels = _sheet_labels(folder / SHEET_LABELS[0], sum(map(len, pixels[:-1])))
+        test_labels = _sheet_labels(folder / SHEET_LABELS[1], len(pixels[-1]))
     else:
         read: Callable[[Path], Part] = read_python_batch if suffix == "" else read_binary_batch
-        parts = [read(folder / (name + suffix)) for name in TRAIN]
-        train = torch.cat([pixels for pixels, _ in parts]), torch.cat([labels for _, labels in parts])
-        test = read(folder / (TEST[0] + suffix))
-    return *train, *test
+        parts = [read(path) for path in paths]
+        pixels = [images for images, _ in parts]
+        train_labels, test_labels = torch.cat([labels for _, labels in parts[:-1]]), parts[-1][1]
+    for (path, images), (other, others) in combinations(zip(paths, pixels, strict=True), 2):
+        if torch.equal(images, others):  # or training images would be for testing, too
+            raise _damaged(other, f"holds the same images as {path.name!r}")
+    return torch.cat(pixels[:-1]), train_labels, pixels[-1], test_labels
 
 
 def read_binary_batch(path: Path) -> Part:
@@ -165,26 +172,26 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module + '.' + name!r}") from None
 
 
-def _sheets(paths: Sequence[Path], label_path: Path) -> Part:
-    """PNG sheets, 1,024 pixels wide, one 32x32 image a row, with the labels of all of them in one JSON list."""
-
-    def decode(path: Path) -> Tensor:
-        try:
-            sheet = read_picture(path, shown(path), size=None, channels=3)
-        except UnreadableImageError as error:
-            raise ValueError(f"read_cifar10: {error}; fetch it again.") from None
-        if sheet.shape[2] != 1024:
-            raise _damaged(path, f"is {sheet.shape[2]} pixels wide instead of 1024")
-        return sheet.transpose(0, 1).reshape(-1, *SHAPE)
-
-    pixels = torch.cat(list(in_threads(decode, paths)))
+def _sheet(path: Path) -> Tensor:
+    """A PNG sheet, 1,024 pixels wide, one 32x32 image a row."""
     try:
-        labels = json.loads(label_path.read_text("utf-8"))
+        sheet = read_picture(path, shown(path), size=None, channels=3)
+    except UnreadableImageError as error:
+        raise ValueError(f"read_cifar10: {error}; fetch it again.") from None
+    if sheet.shape[2] != 1024:
+        raise _damaged(path, f"is {sheet.shape[2]} pixels wide instead of 1024")
+    return sheet.transpose(0, 1).reshape(-1, *SHAPE)
+
+
+def _sheet_labels(path: Path, rows: int) -> Tensor:
+    """The labels of all sheets of a split, in one JSON list."""
+    try:
+        labels = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
-        raise _damaged(label_path, "is not JSON") from None
+        raise _damaged(path, "is not JSON") from None
     if not isinstance(labels, list):
-        raise _damaged(label_path, "is not a list of labels")
-    return pixels, _labels(label_path, labels, len(pixels))
+        raise _damaged(path, "is not a list of labels")
+    return _labels(path, labels, rows)
 
 
 def _labels(path: Path, labels: list[Any], rows: int) -> Tensor:

@@ -105,6 +105,9 @@ def _opened(source: Path | IO[bytes], name: str, use: Callable[[Picture], R]) ->
         raise UnreadableImageError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise UnreadableImageError(f"{name} is not an image that Pillow can read") from None
+    except OSError as error:
+        told = os.strerror(error.errno) if error.errno else f"OSError: {reason(error)}"  # Pillow's own has no number
+        raise UnreadableImageError(f"{name} can't be {'read' if error.errno else 'decoded'} ({told})") from None
     except Exception as error:  # a decoder fed with a damaged file may raise anything
         raise UnreadableImageError(f"{name} can't be decoded ({type(error).__name__}: {reason(error)})") from None
 

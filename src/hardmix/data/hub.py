@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hardmix.data.decode import UnreadableImageError, in_threads, read_picture, reason, shown
+from hardmix.data.decode import UnreadableImageError, in_threads, read_picture, shown
 
 SUBFOLDERS = ("", "data", "plain_text")
 SPLITS = ("train", "test")
@@ -104,7 +105,7 @@ def _read(path: Path, shape: tuple[int, int, int], class_names: tuple[str, ...])
         table.validate(full=True)  # the bytes of a stream are taken as they are, wrong offsets too
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise ValueError(f"{where} can't be read ({error.strerror or reason(error)}); pass another path.") from None
+            raise ValueError(f"{where} can't be read ({os.strerror(error.errno)}); pass another path.") from None
         raise ValueError(f"{where} is damaged ({type(error).__name__}); fetch it again.") from None
     image = next(
         (i for i, (_, kind) in enumerate(fields) if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0),
