@@ -284,6 +284,8 @@ def test_copies_of_the_model_never_mix() -> None:
         assert torch.equal(twin.train()(X), net()(X))
     replica = copy.copy(model.layer1)  # shares the hooks, as the replicas of DataParallel do
     assert torch.equal(replica(X), X @ model.layer1.weight.T + model.layer1.bias)
+    with pytest.raises(RuntimeError, match=r"was not used; .* and the replicas of DataParallel mix nothing"):
+        mix(X, Y)
     assert not torch.equal(model(X), net()(X))
 
 

@@ -34,10 +34,11 @@ class ManifoldMixup(Policy):
 
     Args:
         model: the model, or any part of it that holds the layers. Forward hooks are put on the layers, so it may be
-            wrapped later (DistributedDataParallel, torch.compile, which breaks the graph at the layers). It is not
-            kept: the policy has no parameters and its state_dict is empty. A layer that is replaced later, as by
-            adapters, is an error at the next draw: call `attach` with the model that has layers of these names, of a
-            PeftModel with its `get_base_model()`.
+            wrapped later (DistributedDataParallel, torch.compile, which breaks the graph at the layers; in
+            nn.DataParallel with several devices no layer is mixed, an error at the next draw). It is not kept: the
+            policy has no parameters and its state_dict is empty. A layer that is replaced later, as by adapters, is an
+            error at the next draw: call `attach` with the model that has layers of these names, of a PeftModel with its
+            `get_base_model()`.
         layers: names of submodules, as in `model.named_modules()`. Their output is a tensor (N, ...), or a tuple or
             list whose first entry is.
         include_input: whether the input is one of the places to mix at.
@@ -127,7 +128,8 @@ class ManifoldMixup(Policy):
             raise RuntimeError(
                 f"{who}: the draw for layer {state.names[state.layer or 0]!r} was not used; run the model once "
                 "in training mode after each draw, through that layer (torch.compile may pass over its hook unless "
-                "torch._dynamo.config.skip_nnmodule_hook_guards is set to False before), or call disarm()."
+                "torch._dynamo.config.skip_nnmodule_hook_guards is set to False before, and the replicas of "
+                "DataParallel mix nothing), or call disarm()."
             )
         cpu_generator(who, generator)
         if not is_rerun():
