@@ -22,7 +22,11 @@ class MixedTarget(NamedTuple):
 
     It is a NamedTuple, so collate functions, pinning, `.to` helpers and `torch.compile` see a plain pytree. What
     rebuilds tuples from a generator of their parts, as the Trainer of transformers does, needs `_asdict()` or `dense()`
-    instead.
+    instead. Indices and `len` are those of the tuple; a part of the rows, as for accumulated gradients, is
+
+    >>> target = MixedTarget(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
+    >>> MixedTarget(*(part[:1] for part in target))
+    MixedTarget(labels=tensor([[0, 1]]), weights=tensor([[0.7500, 0.2500]]))
     """
 
     labels: Tensor
