@@ -107,7 +107,7 @@ class _Slopes(NamedTuple):
     missing: Tensor  # (K, N, *spatial) 1 - p of the labels
     pull: Tensor | None  # (K, N, *spatial) sigmoid(r - z), 0 for the labels that are not regularised; None: none is
     outside: Tensor  # (N, *spatial) probability of the classes outside S
-    differs: Tensor  # (K, K, N, *spatial) two labels are two classes
+    differs: Tensor  # (K, K, N, *spatial) 1 where two labels are two classes, else 0; of a pair (N, *spatial)
     first: Tensor | None  # (K, N, *spatial) the label has not occurred before in its row; None: a pair needs no look
 
 
@@ -119,30 +119,37 @@ class _Row(NamedTuple):
     slopes: _Slopes
 
 
-def _compare(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def _compare(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`differs` and `first` of the labels (K, N, *spatial)."""
+    if len(labels) == 2:
+        return (labels[0] != labels[1]).to(dtype), None
     differs = labels[:, None] != labels
-    if labels.shape[0] <= 2:
-        return differs, None
     later = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu()  # or the label itself
-    return differs, (differs | later.view(*later.shape, *[1] * (labels.ndim - 1))).all(1)
+    return differs.to(dtype), (differs | later.view(*later.shape, *[1] * (labels.ndim - 1))).all(1)
+
+
+def _elsewhere(mass: Tensor, differs: Tensor) -> Tensor:
+    """Of the mass of each label, what lies at other classes than the label's. (K, N, *spatial)"""
+    return mass.flip(0) * differs if len(mass) == 2 else (differs * mass).sum(1)
 
 
 def _others(rest: Tensor, own: Tensor, differs: Tensor) -> Tensor:
     """Mass of every class but the label's, (K, N, *spatial)."""
     # Summing what is not the own class, rather than subtracting it from the whole, keeps every digit when p is near 1.
-    return (differs * own).sum(1) + rest
+    return _elsewhere(own, differs) + rest
 
 
-def _regularised(differs: Tensor, asymmetric: bool) -> Tensor:
-    """Labels that the regulariser is of, broadcastable to (K, N, *spatial): those of rows with another class."""
-    paired = differs[0, 1] if len(differs) == 2 else differs[0].any(0)
-    return paired & ~differs[0] if asymmetric else paired
+def _regularised(labels: Tensor, differs: Tensor, asymmetric: bool) -> Tensor:
+    """1 for labels that the regulariser is of, broadcastable to (K, N, *spatial): those of rows with another class."""
+    if len(labels) == 2:
+        return torch.stack([differs, torch.zeros_like(differs)]) if asymmetric else differs
+    paired = differs[0].amax(0)
+    return paired * (1.0 - differs[0]) if asymmetric else paired
 
 
 def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
     """From r (N, *spatial) and the labels' logits (K, N, *spatial), both less one and the same number per row."""
-    differs, first = _compare(labels)
+    differs, first = _compare(labels, own.dtype)
     every = torch.cat([rest[None], own if first is None else own.masked_fill(~first, torch.finfo(own.dtype).min)])
     top = every.detach().amax(0)
     mass = (every - top).exp()
@@ -152,7 +159,7 @@ def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool
     pull = slope = None
     if eta and len(labels) > 1:
         # Masked here: of a term that is infinite, a product with 0 would make NaN.
-        margin = (rest - own).masked_fill(~_regularised(differs, asymmetric), -torch.inf)
+        margin = (rest - own).masked_fill(_regularised(labels, differs, asymmetric) == 0, -torch.inf)
         pull, slope = softplus(margin), margin.sigmoid()
     outside = mass[0] / (others[0] + mass[1])
     return _Row(softplus(odds), pull, _Slopes(odds.sigmoid(), slope, outside, differs, first))
@@ -160,11 +167,11 @@ def _row(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool
 
 def _row_of_probs(rest: Tensor, own: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> _Row:
     """The same from probabilities, where none of them underflows."""
-    differs, first = _compare(labels)
+    differs, first = _compare(labels, own.dtype)
     missing = _others(rest, own if first is None else own * first, differs)
     pull = slope = None
     if eta and len(labels) > 1:
-        margin = rest / own * _regularised(differs, asymmetric)  # exp(r - z)
+        margin = rest / own * _regularised(labels, differs, asymmetric)  # exp(r - z)
         pull, slope = margin.log1p(), margin / (1.0 + margin)
     return _Row((missing / own).log1p(), pull, _Slopes(missing, slope, rest, differs, first))
 
@@ -231,21 +238,23 @@ def _formula_with_ignored(
 
 def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
     """exp(z) outside S and 0 inside, (N, C, *spatial), in a unit of its own per row; its sum (N, *spatial); the row."""
-    dtype, index = wide(logits.dtype), labels.movedim(0, 1)
+    dtype = wide(logits.dtype)
     if logits.device.type == "cpu":
         # One softmax over everything does, unless something that is needed underflows; a CPU can look.
         probs = logits.softmax(1, dtype=dtype)
-        own = probs.gather(1, index).movedim(1, 0).contiguous()
-        rest = probs.scatter_(1, index, 0.0).sum(1)
+        classes = probs.movedim(1, 0)
+        own = classes.gather(0, labels)
+        classes.scatter_(0, labels, 0.0)
+        rest = probs.sum(1)
         if float(own.min()) > 1e-30 and float(rest.min()) > 1e-30:
             return probs, rest, _row_of_probs(rest, own, labels, eta, asymmetric)
-        del probs
+        del probs, classes
     outside = logits.to(dtype, copy=True)
     # The lowest number stands for "not there": unlike -inf it leaves no NaN where nothing else is there.
-    outside.scatter_(1, index, torch.finfo(dtype).min)
+    outside.movedim(1, 0).scatter_(0, labels, torch.finfo(dtype).min)
     top = outside.amax(1)
     probs = outside.softmax(1)
-    own = logits.gather(1, index).to(dtype).movedim(1, 0).contiguous()
+    own = logits.movedim(1, 0).gather(0, labels).to(dtype)
     highest = torch.maximum(top, own.amax(0))
     # The largest probability is exp(top - r), so one fused softmax gives the log-sum-exp as well.
     rest = (top - highest) - probs.amax(1).log()
@@ -279,14 +288,14 @@ class _MixedCrossEntropy(torch.autograd.Function):
             settings = ctx.floor, ctx.eta, ctx.asymmetric
             return graph_gradient(_formula, grad_loss, logits, labels, share, soft, *settings), *[None] * 6
         at_labels, outside = _gradient(_Slopes(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
-        at_labels = (at_labels * grad_loss).movedim(0, 1)
+        at_labels = at_labels * grad_loss
         outside = (outside * grad_loss / amount)[:, None]
         if soft is not None or ctx.floor or logits.dtype == probs.dtype:
             grad = probs * outside
         else:
             # Rounded while it is written: half types need no wide copy of the gradient.
             grad = torch.mul(probs, outside, out=torch.empty_like(logits))
-        grad.scatter_(1, labels.movedim(0, 1), at_labels.to(grad.dtype))
+        grad.movedim(1, 0).scatter_(0, labels, at_labels.to(grad.dtype))
         if soft is not None:
             grad.addcmul_(grad_loss[:, None], soft, value=-1.0)
         if ctx.floor:
@@ -341,7 +350,7 @@ def _gradient(
     target itself is left to the caller, and so is the mass of each class alike, `everywhere` in sum.
     """
     total = share.sum(0)
-    elsewhere = (slopes.differs * share).sum(1)  # mass of the other classes
+    elsewhere = _elsewhere(share, slopes.differs)
     if soft is not None or everywhere:
         further = everywhere if soft is None else soft.sum(1)
         total, elsewhere = total + further, elsewhere + further

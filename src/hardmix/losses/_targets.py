@@ -139,7 +139,7 @@ def mixed_parts(who: str, logits: Tensor, target: MixedTarget) -> tuple[Tensor, 
     if labels.shape[1] == 0:
         raise ValueError(f"{who}: target.labels has shape {tuple(labels.shape)}; pass at least one label per row.")
     shape = labels.shape[:2] if rows else labels.shape
-    shares = spread(weights, len(shape)) if weights.ndim == 2 else weights
+    shares = spread(weights, len(shape)) if weights.ndim == 2 < len(shape) else weights
     fits = shares.ndim == len(shape) and shares.shape[:2] == shape[:2]
     if not fits or any(a not in (1, b) for a, b in zip(shares.shape, shape, strict=True)):
         raise ValueError(
@@ -148,7 +148,8 @@ def mixed_parts(who: str, logits: Tensor, target: MixedTarget) -> tuple[Tensor, 
         )
     if not weights.is_floating_point():
         raise TypeError(f"{who}: target.weights has dtype {weights.dtype}; pass floating-point shares.")
-    return (labels.to(dtype) if rows else labels.long()), shares.to(dtype).expand(shape)
+    shares = shares.to(dtype)
+    return (labels.to(dtype) if rows else labels.long()), shares if shares.shape == shape else shares.expand(shape)
 
 
 def plain_target(who: str, logits: Tensor, target: object) -> Tensor:
