@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hardmix.losses import SoftCrossEntropyLoss
 from hardmix.mixing import CutMix, FMix, ManifoldMixup, MixedTarget, Mixup, RandomChoice, Scheduled, SnapMix
@@ -206,6 +207,25 @@ def test_gradients() -> None:
         optimizer.step()
         mix.after_step()
         assert bool(loss.isfinite())
+
+
+def test_checkpointing_does_not_take_the_gradient_away() -> None:
+    """A checkpoint that reenters autograd runs the model without gradients first: the term would not reach it."""
+
+    def train(**kwargs: bool) -> Net:
+        model, (x, y) = net(), images()
+        torch.manual_seed(1)
+        mix = SUMix(model, CutMix())
+        mixed, target = mix(x.requires_grad_(), y, generator=rng(1))
+        logits = checkpoint(model, mixed, **kwargs) if kwargs else model(mixed)
+        loss = CRITERION(logits, mix.relabel(logits, target)) + mix.loss(CRITERION)
+        loss.backward()
+        return model
+
+    for got, want in zip(train(use_reentrant=False).parameters(), train().parameters(), strict=True):
+        assert torch.equal(got.grad, want.grad)
+    with pytest.raises(RuntimeError, match=r"SUMix: the model ran on the mixed batch without gradients, .* weight=0"):
+        train(use_reentrant=True)
 
 
 def test_autocast_does_not_take_the_gradient_away() -> None:

@@ -181,6 +181,11 @@ class SUMix(Policy):
                 "SUMix: loss has no batch; call the policy, then the model in training mode, relabel, and loss, once "
                 "each."
             )
+        if torch.is_grad_enabled() and not self._state.recorded:
+            raise RuntimeError(
+                "SUMix: the model ran on the mixed batch without gradients, which the term needs there; pass "
+                "use_reentrant=False to activation checkpointing, or weight=0."
+            )
         self._batch = self._state.seen = None
         with torch.autocast(seen.device.type, enabled=False):  # its half types have too few digits for the exponents
             clean, mixed = self._uncertainty(batch.features), self._uncertainty(seen)
@@ -258,6 +263,7 @@ class _State:
         self.reading = False  # the clean forward is under way
         self.armed = False  # the next training forward is that of the mixed batch
         self.seen: Tensor | None = None  # what went into the classifier
+        self.recorded = False  # in a forward with gradients
 
 
 class _FeatureHook(WeakHook):
@@ -269,7 +275,7 @@ class _FeatureHook(WeakHook):
         state: _State = self.state()
         if state.reading or (state.armed and self.training()):
             state.armed = state.armed and state.reading
-            state.seen = args[0]
+            state.seen, state.recorded = args[0], torch.is_grad_enabled()
 
 
 def _moved(probs: Tensor, clean: Tensor, other: Tensor) -> Tensor:
