@@ -136,7 +136,7 @@ def run(
         loaded = load_recipe(str(resume / "recipe.toml"))
         folder = resume
     else:
-        shortened = _shortened(load_recipe(str(recipe), sets)) if smoke else ()
+        shortened = _shortened(load_recipe(str(recipe), sets), sets) if smoke else ()
         loaded = load_recipe(str(recipe), [*(sets or []), *shortened])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / (loaded.name + "-smoke" * smoke) / f"seed-{loaded.seed}"
@@ -486,10 +486,11 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
     say_where("Report", out / "report.html")
 
 
-def _shortened(recipe: Any) -> tuple[str, ...]:
+def _shortened(recipe: Any, sets: list[str] | None) -> tuple[str, ...]:
     """What --smoke sets in a recipe."""
-    # A split file is of a whole set; the steps of an epoch are few all the same.
-    smoke = tuple(key for key in SMOKE if not (recipe.semi.split and key.startswith("data.train_samples=")))
+    # A split file is of a whole set, its steps of an epoch are few all the same; many classes need more samples.
+    given = recipe.semi.split or any(word.startswith("data.train_samples=") for word in sets or [])
+    smoke = tuple(key for key in SMOKE if not (given and key.startswith("data.train_samples=")))
     staged = SMOKE_STAGES if recipe.contrast is not None and recipe.contrast.epochs else ()
     probed = SMOKE_PROBE if recipe.tune.probe_epochs else ()
     measured = SMOKE_CAPTIONS if recipe.model.name == "coca" else SMOKE_PAIRS

@@ -119,6 +119,18 @@ def test_a_smoke_run_has_a_folder_of_its_own(cli, tmp_path):
     assert "is finished; pass another --out, such as runs/digits-cutmix-dm-smoke/seed-0-2." in err
 
 
+def test_smoke_takes_few_images_and_as_many_as_it_is_told(cli, tmp_path):
+    for row in range(40):
+        path = tmp_path / "photos" / f"class {row % 4}" / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (row, 0, 0)).save(path)
+    sets = ["--set", "data.name=folder", "--set", "data.path=photos", "--set", "model.name=small-cnn"]
+    for more, out, rows in (((), "all", 29), (("--set", "data.train_samples=20"), "part", 18)):
+        code, _, err = cli("run", "fashion-none", *sets, *more, "--smoke", "--out", out)
+        assert code == 0, err
+        assert json.loads((tmp_path / out / "summary.json").read_text())["data"]["train"] == rows
+
+
 def test_smoke_takes_a_split_of_a_whole_set(cli, tmp_path):
     images = load_images("digits").train
     write_split(draw_label_split(images, name="digits", per_class=3, seed=0), tmp_path / "split.json")

@@ -285,14 +285,14 @@ class Classification:
 
 
 def _subset(recipe: Recipe, images: ImageSet) -> Tensor:
-    """Rows of data.train_samples training images."""
+    """Rows of data.train_samples training images, at most all."""
     samples, classes = recipe.data.train_samples, len(images.labels.unique())
-    if not classes <= samples <= len(images):
+    if samples < classes:
         raise ValueError(
             f"data.train_samples is {samples}, but {recipe.data.name} has {len(images):,} training images of {classes} "
             f"classes; set a number from {classes} to {len(images)}, or 0 for all."
         )
-    return stratified_subset(images.labels, samples, seed=recipe.seed)
+    return stratified_subset(images.labels, min(samples, len(images)), seed=recipe.seed)
 
 
 def _cut_validation(recipe: Recipe, pool: ImageSet) -> tuple[Tensor, Tensor]:
