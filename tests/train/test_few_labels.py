@@ -47,6 +47,12 @@ def lines(folder, kind):
     return [line for line in read if line["kind"] == kind]
 
 
+def test_a_part_of_a_set_is_at_most_all_and_has_every_class():
+    assert len(task_of(data={"train_samples": 5000}).few.unlabelled) == len(task_of().few.unlabelled)
+    with pytest.raises(ValueError, match=r"data\.train_samples is 9, but digits has 1,442 .* of 10 classes; .* 10 to "):
+        task_of(data={"train_samples": 9})
+
+
 def test_a_step_takes_mu_times_as_many_unlabelled_samples():
     task = task_of()
     task.start_epoch(0, 0)

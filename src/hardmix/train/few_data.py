@@ -12,8 +12,8 @@ from torch import Tensor
 from hardmix.data.catalog import load_images
 from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
 from hardmix.data.few_labels_folder import load_few_labels
-from hardmix.data.splits import stratified_subset
 from hardmix.train.recipe import Recipe
+from hardmix.train.subset import stratified_rows
 
 
 def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
@@ -23,8 +23,7 @@ def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
         return _own(recipe), None
     found = load_images(data.name, data.path or None, image_size=data.image_size or None, on_error=data.on_error)
     if data.train_samples:
-        rows = stratified_subset(found.train.labels, data.train_samples, seed=recipe.seed)
-        found = replace(found, train=found.train.subset(rows))
+        found = replace(found, train=found.train.subset(stratified_rows(recipe, found.train)))
     if semi.split:
         split = read_split(semi.split, found.train)
     else:

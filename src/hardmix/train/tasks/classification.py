@@ -23,6 +23,7 @@ from hardmix.train.errors import RunError
 from hardmix.train.recipe import Recipe
 from hardmix.train.schedule import Stage
 from hardmix.train.seeds import derive, generator
+from hardmix.train.subset import stratified_rows
 
 #: Test images in the report's gallery.
 GALLERY = 8
@@ -48,7 +49,7 @@ class Classification:
         )
         index = torch.arange(len(data.train))
         if recipe.data.train_samples:
-            index = _subset(recipe, data.train)
+            index = stratified_rows(recipe, data.train)
         pool = data.train.subset(index)
         if data.validation is not None:
             self.train_set, self.validation_set = pool, data.validation
@@ -282,17 +283,6 @@ class Classification:
         if self.recipe.train.channels_last and x.ndim == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x
-
-
-def _subset(recipe: Recipe, images: ImageSet) -> Tensor:
-    """Rows of data.train_samples training images, at most all."""
-    samples, classes = recipe.data.train_samples, len(images.labels.unique())
-    if samples < classes:
-        raise ValueError(
-            f"data.train_samples is {samples}, but {recipe.data.name} has {len(images):,} training images of {classes} "
-            f"classes; set a number from {classes} to {len(images)}, or 0 for all."
-        )
-    return stratified_subset(images.labels, min(samples, len(images)), seed=recipe.seed)
 
 
 def _cut_validation(recipe: Recipe, pool: ImageSet) -> tuple[Tensor, Tensor]:
