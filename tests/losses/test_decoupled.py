@@ -403,6 +403,22 @@ def test_dense_gradient_is_that_of_the_pair() -> None:
         torch.testing.assert_close(pair, dense, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("space", [(), (3, 2)], ids=str)
+@pytest.mark.parametrize("piece", [1, 20, 10**6])
+def test_dense_soft_labels_in_pieces(space: tuple[int, ...], piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient of many pieces are those of cross entropy, and far from 0 the logits keep their digits."""
+    monkeypatch.setattr("hardmix.kernels.mixed_cross_entropy._PIECE", piece)
+    g = torch.Generator().manual_seed(4)
+    z = (torch.randn(5, 6, *space, generator=g) * 4 + 4096).round(decimals=2).requires_grad_()
+    wide = z.detach().double().requires_grad_()
+    soft = torch.rand(5, 6, *space, generator=g, dtype=torch.float64)  # masses other than 1
+    for y in (soft, soft[:1].expand_as(soft)):
+        want = F.cross_entropy(wide, y, reduction="none")
+        got = soft_cross_entropy_loss(z, y.float(), reduction="none")
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+        torch.testing.assert_close(grad_of(got.sum(), z).double(), grad_of(want.sum(), wide), rtol=0, atol=3e-6)
+
+
 def test_rows_of_one_hot_labels() -> None:
     g = torch.Generator().manual_seed(8)
     logits = torch.randn(5, 6, generator=g, dtype=torch.float64)

@@ -43,6 +43,21 @@ def test_round_trip(data: st.DataObject) -> None:
     assert torch.allclose(back.dense(classes), target.dense(classes), atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_from_dense_finds_the_largest_entries(count: int) -> None:
+    dense = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i)) for i in range(20)]) + 1.0
+    want = dense.topk(count, dim=1)
+    for rows in (dense, dense.T.contiguous().T, dense.double()):
+        got = MixedTarget.from_dense(rows, count)
+        assert torch.equal(got.labels, want.indices)
+        shares = (want.values - 1.0) / (want.values - 1.0).sum(1, keepdim=True)
+        torch.testing.assert_close(got.weights.float(), shares)
+    assert torch.equal(dense.sort(1).values[:, 0], torch.ones(20))  # what was given is as it was
+    learnt = dense.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(MixedTarget.from_dense(learnt, count).weights[:, 0].sum(), learnt)
+    assert bool(slope.gather(1, want.indices[:, :1]).isfinite().all())
+
+
 def test_from_dense_edges() -> None:
     one = MixedTarget.from_dense(torch.tensor([[0.0, 1.0, 0.0]]))
     assert one.labels.tolist() == [[1, 1]]

@@ -180,24 +180,40 @@ def _distinct(pull: Tensor, first: Tensor | None) -> Tensor:
     return pull if first is None else pull * first
 
 
-def _loss(row: _Row, logits: Tensor, share: Tensor, soft: Tensor | None, eta: float) -> Tensor:
+def _loss(row: _Row, share: Tensor, eta: float) -> Tensor:
     loss = (share * row.cost).sum(0)
-    if row.pull is not None:
-        loss = loss.add(_distinct(row.pull, row.slopes.first).sum(0), alpha=eta)
-    if soft is not None:
-        loss = loss - (logits.log_softmax(1, dtype=loss.dtype) * soft).sum(1)
-    return loss
+    return loss if row.pull is None else loss.add(_distinct(row.pull, row.slopes.first).sum(0), alpha=eta)
+
+
+def _soft_cost(logits: Tensor, soft: Tensor, dtype: torch.dtype) -> Tensor:
+    """-sum_c soft_c log p_c of every row, (N, *spatial)."""
+    return -(logits.log_softmax(1, dtype=dtype) * soft).sum(1)
+
+
+def _soft_cost_of_probs(logits: Tensor, soft: Tensor, mass: Tensor, largest: Tensor) -> Tensor:
+    """The same on a CPU from the `mass` of the soft labels and the largest probability of each row, (N, *spatial).
+
+        -sum_c soft_c log p_c = sum_c soft_c (max z - z_c) - mass log(max p)
+
+    Without a second pass of exponentials; all terms have one sign, so none loses digits of another.
+    """
+    top = logits.amax(1, keepdim=True).to(largest.dtype)
+    soft = soft.expand(logits.shape)
+    pieces = zip(*(value.split(_rows(logits)) for value in (top, logits, soft)), strict=True)
+    return torch.cat([(most - z).mul_(y).sum(1) for most, z, y in pieces]) - mass * largest.log()
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows of which differences are formed at a time: on a CPU few enough for its cache."""
+    return max(1, _PIECE * len(logits) // logits.numel()) if logits.device.type == "cpu" else len(logits)
 
 
 def _all_classes(row: _Row, logits: Tensor, label: Tensor) -> Tensor:
     """-sum_c log p_c of every row, (N, *spatial), read off the mean of its logits and -log p of its first label."""
     own = logits.gather(1, label[:, None]).to(row.cost.dtype)
     own = own.masked_fill(own == -torch.inf, 0.0)  # -log p is infinite then, whatever is added
-    # Differences first: the mean of logits far from 0 has lost its digits. In pieces, they do not leave a CPU's cache.
-    rows = logits.shape[0]
-    if logits.device.type == "cpu":
-        rows = max(1, _PIECE * rows // logits.numel())
-    pieces = zip(own.split(rows), logits.split(rows), strict=True)
+    # Differences first: the mean of logits far from 0 has lost its digits.
+    pieces = zip(own.split(_rows(logits)), logits.split(_rows(logits)), strict=True)
     below = torch.cat([(first - piece).mean(1) for first, piece in pieces])
     # -log p is capped, so beyond 1e30 the sum could turn negative.
     return (below + row.cost[0]).clamp(min=0.0) * logits.shape[1]
@@ -212,7 +228,9 @@ def _formula(
     index = labels.movedim(0, 1)
     rest = z.scatter(1, index, torch.finfo(z.dtype).min).logsumexp(1)
     row = _row(rest, z.gather(1, index).movedim(1, 0), labels, eta, asymmetric)
-    loss = _loss(row, z, share, soft, eta)
+    loss = _loss(row, share, eta)
+    if soft is not None:
+        loss = loss + _soft_cost(z, soft, loss.dtype)
     return loss.sub(z.log_softmax(1).sum(1), alpha=floor) if floor else loss
 
 
@@ -236,18 +254,25 @@ def _formula_with_ignored(
     return torch.where(counted, loss, 0.0)
 
 
-def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tuple[Tensor, Tensor, _Row]:
-    """exp(z) outside S and 0 inside, (N, C, *spatial), in a unit of its own per row; its sum (N, *spatial); the row."""
+class _Split(NamedTuple):
+    probs: Tensor  # (N, C, *spatial) exp(z) outside S and 0 inside, in a unit of its own per row
+    amount: Tensor  # (N, *spatial) their sum
+    row: _Row
+    largest: Tensor | None = None  # (N, *spatial) the largest probability, where it was asked for and at hand
+
+
+def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool, largest: bool) -> _Split:
     dtype = wide(logits.dtype)
     if logits.device.type == "cpu":
         # One softmax over everything does, unless something that is needed underflows; a CPU can look.
         probs = logits.softmax(1, dtype=dtype)
+        most = probs.amax(1) if largest else None
         classes = probs.movedim(1, 0)
         own = classes.gather(0, labels)
         classes.scatter_(0, labels, 0.0)
         rest = probs.sum(1)
         if float(own.min()) > 1e-30 and float(rest.min()) > 1e-30:
-            return probs, rest, _row_of_probs(rest, own, labels, eta, asymmetric)
+            return _Split(probs, rest, _row_of_probs(rest, own, labels, eta, asymmetric), most)
         del probs, classes
     outside = logits.to(dtype, copy=True)
     # The lowest number stands for "not there": unlike -inf it leaves no NaN where nothing else is there.
@@ -260,7 +285,7 @@ def _split(logits: Tensor, labels: Tensor, eta: float, asymmetric: bool) -> tupl
     rest = (top - highest) - probs.amax(1).log()
     # From one end of a dtype to the other is infinitely far; capped, no sum over a batch overflows. -inf stays itself.
     own = torch.where(own == -torch.inf, own, (own - highest).clamp(min=-1e30))
-    return probs, torch.ones_like(rest), _row(rest, own, labels, eta, asymmetric)
+    return _Split(probs, torch.ones_like(rest), _row(rest, own, labels, eta, asymmetric))
 
 
 class _MixedCrossEntropy(torch.autograd.Function):
@@ -275,19 +300,26 @@ class _MixedCrossEntropy(torch.autograd.Function):
         eta: float,
         asymmetric: bool,
     ) -> Tensor:
-        probs, amount, row = _split(logits, labels, eta, asymmetric)
-        ctx.save_for_backward(logits, labels, share, soft, probs, amount, *row.slopes)
+        probs, amount, row, largest = _split(logits, labels, eta, asymmetric, soft is not None)
+        loss = _loss(row, share, eta)
+        mass = None if soft is None else soft.sum(1)
+        if soft is not None and mass is not None:
+            if largest is None:
+                loss = loss + _soft_cost(logits, soft, loss.dtype)
+            else:
+                loss = loss + _soft_cost_of_probs(logits, soft, mass, largest)
+        ctx.save_for_backward(logits, labels, share, soft, mass, probs, amount, *row.slopes)
         ctx.floor, ctx.eta, ctx.asymmetric = floor, eta, asymmetric
-        loss = _loss(row, logits, share, soft, eta)
         return loss.add(_all_classes(row, logits, labels[0]), alpha=floor) if floor else loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, share, soft, probs, amount, *parts = ctx.saved_tensors
+        logits, labels, share, soft, mass, probs, amount, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative is wanted
             settings = ctx.floor, ctx.eta, ctx.asymmetric
             return graph_gradient(_formula, grad_loss, logits, labels, share, soft, *settings), *[None] * 6
-        at_labels, outside = _gradient(_Slopes(*parts), share, soft, ctx.floor * logits.shape[1], ctx.eta)
+        everywhere = ctx.floor * logits.shape[1] if mass is None else mass
+        at_labels, outside = _gradient(_Slopes(*parts), share, everywhere, ctx.eta)
         at_labels = at_labels * grad_loss
         outside = (outside * grad_loss / amount)[:, None]
         if soft is not None or ctx.floor or logits.dtype == probs.dtype:
@@ -341,19 +373,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return grad, *[None] * 7
 
 
-def _gradient(
-    slopes: _Slopes, share: Tensor, soft: Tensor | None, everywhere: float, eta: float
-) -> tuple[Tensor, Tensor]:
+def _gradient(slopes: _Slopes, share: Tensor, everywhere: Tensor | float, eta: float) -> tuple[Tensor, Tensor]:
     """d loss / d z of the labels (K, N, *spatial), and the factor (N, *spatial) of the softmax outside S.
 
-    Duplicates all hold the gradient of their class, so it does not matter which of them is written last. The soft
-    target itself is left to the caller, and so is the mass of each class alike, `everywhere` in sum.
+    Duplicates all hold the gradient of their class, so it does not matter which of them is written last. What is not
+    the labels' own, the soft target or a floor, is left to the caller; here its mass counts, `everywhere`.
     """
     total = share.sum(0)
     elsewhere = _elsewhere(share, slopes.differs)
-    if soft is not None or everywhere:
-        further = everywhere if soft is None else soft.sum(1)
-        total, elsewhere = total + further, elsewhere + further
+    if isinstance(everywhere, Tensor) or everywhere:
+        total, elsewhere = total + everywhere, elsewhere + everywhere
     at_labels = elsewhere - total * slopes.missing  # total p - mass of the class, with every digit of 1 - p
     outside = total * slopes.outside
     if slopes.pull is not None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hardmix import _check, _math
+
+#: Labels up to this number are looked for one after another.
+_FEW = 4
 
 
 class MixedTarget(NamedTuple):
@@ -134,8 +138,8 @@ class MixedTarget(NamedTuple):
         num_labels = _check.integer(who, "num_labels", num_labels, 1)
         floor = dense.amin(1, keepdim=True) if num_classes > num_labels else torch.zeros_like(dense[:, :1])
         top = min(num_labels, num_classes)
-        weights, labels = dense.topk(top, dim=1)
-        weights = weights - floor
+        labels = _largest(dense.detach(), top)
+        weights = dense.gather(1, labels) - floor
         if top < num_labels:
             weights = torch.nn.functional.pad(weights, (0, num_labels - top))
             labels = torch.cat([labels, labels[:, :1].expand(-1, num_labels - top)], 1)
@@ -151,6 +155,18 @@ class MixedTarget(NamedTuple):
 def spread(weights: Tensor, ndim: int) -> Tensor:
     """Shares (N, K) or (N, K, ...) with axes of length 1 at the end, up to `ndim` of them."""
     return weights.view(*weights.shape, *[1] * (ndim - weights.ndim))
+
+
+def _largest(rows: Tensor, count: int) -> Tensor:
+    """(N, count) columns of the largest entries of each row (N, C), the largest first. NaN is larger than anything."""
+    if count > _FEW or type(rows) is not Tensor or not _math.readable(rows):
+        return rows.topk(count, 1).indices
+    # On a CPU torch compares entry by entry; NumPy takes as long as it takes to read them.
+    left, columns = rows.clone(memory_format=torch.contiguous_format), []
+    for _ in range(count):
+        columns.append(torch.from_numpy(np.argmax(left.numpy(), axis=1))[:, None])
+        left.scatter_(1, columns[-1], -torch.inf)
+    return torch.cat(columns, 1)
 
 
 def _not_a_loss(loss: object, rows: int, shapes: list[tuple[int, ...]]) -> Exception:
