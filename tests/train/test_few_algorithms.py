@@ -21,7 +21,7 @@ from hardmix.train.few_start import source_model, source_probs, source_relations
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import check_recipe, load_recipe
 from hardmix.train.seeds import derive
-from hardmix.train.start import prepare_start
+from hardmix.train.start import prepare_start, start_folder
 from hardmix.train.state import load_checkpoint
 from hardmix.train.tasks.few_labels import FewLabels
 
@@ -241,6 +241,19 @@ def test_a_run_is_read_again_whatever_its_start_has_become(tmp_path):
         prepare_start(load_recipe(str(tmp_path / "saved.toml")))
     before.unlink()
     assert load_recipe(str(tmp_path / "saved.toml")) == plan
+
+
+def test_a_start_on_files_of_another_project_is_another_start(tmp_path, monkeypatch):
+    """Where they are named alike, from the folder that each is run in."""
+    before = '[data]\nname = "folder"\npath = "photos"\n[model]\nname = "small-cnn"\noptions = { width = 4 }\n'
+    (tmp_path / "before.toml").write_text(before)
+    plan = recipe(semi={"algorithm": {"name": "bss"}}, tune={"start": str(tmp_path / "before.toml")})
+    folders = []
+    for project in ("one", "two", "one"):
+        (tmp_path / project).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / project)
+        folders.append(start_folder(plan))
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_what_an_algorithm_lacks_is_told(start):

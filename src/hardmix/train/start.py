@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,21 @@ def start_folder(recipe: Recipe) -> Path | None:
         return Path(start)
     before = start_recipe(start, recipe.task)
     # Defaults that a recipe does not write out belong to a version.
-    content = json.dumps([__version__, before.model_dump(mode="json")], sort_keys=True)
+    content = json.dumps([__version__, _from_root(before.model_dump(mode="json"))], sort_keys=True)
     return cache_folder("runs") / f"{before.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _from_root(section: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's sections with whole paths: where another project has such a recipe, it means other files."""
+    whole: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            whole[key] = _from_root(value)
+        elif key in ("path", "checkpoint") and isinstance(value, str) and value:
+            whole[key] = os.path.abspath(os.path.expanduser(value))
+        else:
+            whole[key] = value
+    return whole
 
 
 def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
