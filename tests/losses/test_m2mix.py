@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import compiling
 from hardmix.kernels import pair_contrast as kernel
@@ -283,6 +284,24 @@ def test_the_schedule_and_its_state() -> None:
     torch.testing.assert_close(resumed(a, b, 5.0, lam=0.3, output_dict=True)["m2mix_loss"], term, rtol=0, atol=0)
     resumed.load_state_dict(falling.state_dict())
     assert resumed(a, b, 5.0, lam=0.3) == falling(a, b, 5.0, lam=0.3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_activation_checkpointing_repeats_the_draws(accumulate) -> None:
+    """What is run again in the backward pass has the draws of its call, and counts as none."""
+
+    def train(run) -> list[Tensor]:
+        torch.manual_seed(3)
+        module = M2MixLoss(accumulate=accumulate)
+        slopes = []
+        for step in range(5):
+            a, b, _ = leaves(6, seed=step)
+            slopes += gradients(run(module, a, b), a, b)
+        return slopes
+
+    plain = train(lambda module, a, b: module(a, b, 10.0))
+    again = train(lambda module, a, b: checkpoint(module, a, b, 10.0, use_reentrant=False))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
 @compiling.supported

@@ -562,3 +562,17 @@ def test_defaults_of_torch_change_no_draw(name: str, dtype: torch.dtype, device:
     assert torch.equal(found.labels, target.labels)
     assert found.weights.dtype == target.weights.dtype
     assert torch.equal(found.weights, target.weights)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of in-place operations that vmap runs one by one
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "smoothmix", "fmix", "gridmix", "resizemix", "saliencymix"])
+def test_batches_of_batches_are_mixed_one_by_one(name: str, randomness: str) -> None:
+    """torch.func.vmap maps over whole batches, with one draw for all of them or one for each."""
+    policy, y = POLICIES[name]("sample"), torch.arange(4)
+    x = torch.rand(1, 4, 3, 12, 12, generator=rng()).expand(3, -1, -1, -1, -1)
+    mixed, target = torch.func.vmap(lambda batch: tuple(policy(batch, y)), randomness=randomness)(x)
+    assert mixed.shape == x.shape
+    assert target.weights.shape == (3, 4, 2)
+    assert torch.equal(target.labels[:, :, 0], y.expand(3, 4))
+    assert torch.equal(mixed[0], mixed[1]) == (randomness == "same")

@@ -85,6 +85,20 @@ def test_a_callable_decides() -> None:
     assert bool((plan.box[:, 1, 0] == 0).all())  # left
 
 
+class Picture(torch.Tensor):
+    """A subclass that its operations keep, as torchvision's images may be told to."""
+
+
+@pytest.mark.parametrize("saliency", [None, lambda x: x.mean(1)], ids=["spectral", "own"])
+def test_a_plan_for_pictures_is_plain_tensors(saliency) -> None:
+    x = torch.rand(4, 3, 12, 12, generator=rng())
+    plan = SaliencyMix(saliency=saliency).plan(x.as_subclass(Picture), generator=rng(1))
+    want = SaliencyMix(saliency=saliency).plan(x, generator=rng(1))
+    assert type(plan.lam) is type(plan.box) is torch.Tensor
+    assert torch.equal(plan.lam, want.lam)
+    assert torch.equal(plan.box, want.box)
+
+
 def test_series_and_volumes() -> None:
     series = with_blob([(50,), (150,)], (200,), 2)
     plan = SaliencyMix(alpha=50.0).plan(series, generator=rng())

@@ -23,6 +23,7 @@ from hardmix.losses.clip import (
 )
 from hardmix.mixing.draw import cpu_generator, draw_beta, move
 from hardmix.mixing.geodesic import shares, slerp_coefficients
+from hardmix.mixing.hidden import is_rerun
 
 REPLACE = ("negatives", "positives", "both")
 PER = ("batch", "pair")
@@ -139,9 +140,10 @@ class Scheduled(nn.Module):
         if self.accumulate == 1 or not self.training:
             return generator
         generator = cpu_generator(type(self).__name__, generator)
-        if self._calls % self.accumulate == 0:
-            self._seed = int(torch.randint(2**63 - 1, (), generator=generator, device=CPU))
-        self._calls += 1
+        if not is_rerun():  # activation checkpointing repeats the last call, which is none of its own
+            if self._calls % self.accumulate == 0:
+                self._seed = int(torch.randint(2**63 - 1, (), generator=generator, device=CPU))
+            self._calls += 1
         return torch.Generator().manual_seed(self._seed)
 
     def scheduled(self, term: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
-from hardmix._math import CPU, settled
+from hardmix._math import CPU, is_transformed, settled
 
 PAIRINGS = ("shift", "permutation", "reversal", "matching")
 PER = ("batch", "pair", "sample")
@@ -56,7 +56,8 @@ def draw_partner(n: int, pairing: str, generator: Generator | None) -> Pairing:
             return Pairing(torch.zeros(1, dtype=torch.long, device=CPU), 0)
         # Not randint, which would be compiled anew for each batch size; in float64 the product stays below n - 1.
         unit = _of(generator, torch.rand, 1, dtype=torch.float64)
-        if torch.compiler.is_compiling():  # may not read k on the host; a gather is fused with the blend there
+        # Neither the compiler, which fuses a gather with the blend, nor torch.func.vmap lets k be read on the host.
+        if torch.compiler.is_compiling() or is_transformed():
             return Pairing(settled((row_numbers(n) + (unit * (n - 1)).long() + 1) % n), None)
         shift = int(unit.item() * (n - 1)) + 1
         return Pairing(torch.arange(shift, shift + n, device=CPU).remainder_(n), shift)

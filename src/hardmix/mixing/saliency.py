@@ -115,7 +115,7 @@ def saliency_map(
     if found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"{who}: saliency returned dtype {found.dtype}; return integers or floating-point values.")
     _check.same_device(who, "the map that saliency returned", found, "x", x.device)
-    return found.detach()
+    return found.detach().as_subclass(Tensor)  # a map of torchvision's images is no image
 
 
 def spectral_residual(x: Tensor) -> Tensor:
