@@ -194,6 +194,14 @@ def without_bytes() -> dict[str, Any]:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no labels": ({"img": rows(0, 3)["img"], "x": [1, 2, 3]}, "has the columns 'img', 'x'; it needs"),
     "no images": ({"x": ["a", "b"], "label": [0, 1]}, "has the columns 'x', 'label'; it needs"),
+    "text for an image": (
+        {"img": [{"bytes": "iVBORw0KGgo="}] * 3, "label": [0, 1, 2]},
+        "has the columns 'img', 'label'; it needs one with encoded images",
+    ),
+    "paths for images": (
+        {"img": [{"bytes": None, "path": "a.png"}] * 3, "label": [0, 1, 2]},
+        "has no image bytes at row 0; save the data set with its images",
+    ),
     "a path for an image": (without_bytes(), "has no image bytes at row 1; save the data set with its images"),
     "a null image": ({**rows(0, 3), "img": [*rows(0, 2)["img"], None]}, "has no image bytes at row 2"),
     "label 3": ({**rows(0, 3), "label": [0, 3, 1]}, "has the label 3 at row 1; pass a set with labels from 0 to 2"),

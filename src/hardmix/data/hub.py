@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,10 +108,14 @@ def _read(path: Path, shape: tuple[int, int, int], class_names: tuple[str, ...])
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{where} can't be read ({os.strerror(error.errno)}); pass another path.") from None
         raise ValueError(f"{where} is damaged ({type(error).__name__}); fetch it again.") from None
-    image = next(
-        (i for i, (_, kind) in enumerate(fields) if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0),
-        None,
-    )
+
+    def holds_bytes(kind: Any) -> bool:
+        if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+            return False
+        inner = kind.field("bytes").type  # null where all images are paths, which is told below
+        return bool(pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_null(inner))
+
+    image = next((column for column, (_, kind) in enumerate(fields) if holds_bytes(kind)), None)
     label = next((name for name in LABEL_COLUMNS if table.schema.get_field_index(name) >= 0), None)
     if image is None or label is None:
         raise ValueError(
