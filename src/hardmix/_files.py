@@ -1,4 +1,5 @@
-"""Writing files so that a killed process leaves the old version or the new one, never half of either."""
+"""Writing files so that a killed process leaves the old version or the new one, never half of either; and paths from
+home."""
 
 from __future__ import annotations
 
@@ -35,3 +36,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
+
+
+def from_home(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder for "~"; where there is none, or no user of that name, as it is: nothing is there."""
+    return Path(os.path.expanduser(path))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hardmix.data import CATALOG, find, load_images, survey
+from hardmix.data import CATALOG, find, load_folder, load_images, survey
+from hardmix.data.few_labels_folder import load_few_labels
 from hardmix.data.idx import FILES
 
 
@@ -131,6 +132,14 @@ def test_a_path_that_holds_nothing_is_named(tmp_path: Path) -> None:
         load_images("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"find: path is '.*gone', which is not there; pass the folder"):
         load_images("cifar10", tmp_path / "gone")
+    for strange in ("x" * 300, "~nobody-of-this-name/photos", "a\0b"):
+        for name in ("cifar10", "folder"):
+            with pytest.raises(FileNotFoundError, match=r"^find: path is '.*', which is not there; pass the "):
+                load_images(name, strange)
+        with pytest.raises(FileNotFoundError, match=r"^load_folder: path is '.*' and there is no such folder"):
+            load_folder(strange)
+        with pytest.raises(FileNotFoundError, match=r"^load_few_labels: path is '.*', which is not there; pass"):
+            load_few_labels(strange)
     (tmp_path / "cifar.tar.gz").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"cifar.tar.gz', which is a file; pass the folder that holds cifar10"):
         load_images("cifar10", tmp_path / "cifar.tar.gz")

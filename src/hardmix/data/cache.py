@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hardmix._files import from_home
+
 Part = str | bytes | Tensor | Mapping[str, Tensor]
 
 
@@ -17,7 +19,7 @@ def cache_folder(kind: str = "features") -> Path:
     """Where what is made once is kept, features or runs to start from: in the folder that the environment variable
     HARDMIX_CACHE names, else in `~/.cache/hardmix`. It may be deleted at any time."""
     root = os.environ.get("HARDMIX_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "hardmix") / kind
+    return (from_home(root) if root else from_home("~") / ".cache" / "hardmix") / kind
 
 
 def cached_features(*key: Part, compute: Callable[[], Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import OR_SKIP, _opened, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, _try_all
 from hardmix.data.folder import SUFFIXES as PICTURE_SUFFIXES
@@ -76,7 +77,7 @@ def read_captions(
     """
     who = "read_captions"
     _check_options(who, size, fit, on_error)
-    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser(), "CSV, TSV or JSONL")
+    folder, file = folder_and_table(who, from_home(folder), from_home(table), "CSV, TSV or JSONL")
     where = f"{who}: {shown(file)}"
     lines = file.suffix.lower() in JSON_LINES
     place = "line" if lines else "row"
@@ -153,7 +154,7 @@ def read_shards(
     """
     who = "read_shards"
     _check_options(who, size, fit, on_error)
-    place = Path(path).expanduser()
+    place = from_home(path)
     shards = sorted(place.glob("*.tar")) if place.is_dir() else [place]
     if not shards or not all(shard.is_file() for shard in shards):
         kind = "a folder without .tar files" if place.is_dir() else "not there"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data import cifar, hub, idx, packaged
 from hardmix.data.decode import shown
 from hardmix.data.folder import load_folder
@@ -258,9 +259,9 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Whereabouts:
         where = f"the installed package {entry.package}"
         return Whereabouts(entry, where if there else None, (where,), entry.get)
     if path is not None:
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            kind = "a file" if folder.exists() else "not there"
+        folder = from_home(path)
+        if not os.path.isdir(folder):  # of a name that is too long, this says no
+            kind = "a file" if os.path.exists(folder) else "not there"
             wanted = f"pass the folder that holds {name}" if entry.forms else entry.get
             raise FileNotFoundError(f"{who}: path is {shown(folder)}, which is {kind}; {wanted}.")
         found = _holder(entry, folder)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import OR_SKIP, in_threads, read_picture, reason, shown
 from hardmix.data.pairs import Pairs
 from hardmix.data.picture_folder import drawn, read_all, squared
@@ -339,7 +340,7 @@ def _plain(text: str) -> str:
 
 
 def _found(who: str, path: str | os.PathLike[str] | None) -> Path:
-    places = [*usual_places("openclipart"), INSTALLED] if path is None else [Path(path).expanduser()]
+    places = [*usual_places("openclipart"), INSTALLED] if path is None else [from_home(path)]
     for place in places:
         if (root := find_clipart(place)) is not None:
             return root

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import UnreadableImageError, read_picture, shown
 from hardmix.data.pairs import SPLIT_NAMES, Pairs
 from hardmix.data.picture_folder import read_all
@@ -104,7 +105,7 @@ def load_emoji(
     who = "load_emoji"
     size = _check.integer(who, "size", size, 1)
     _check.choice(who, "on_error", on_error, ("raise", "skip"))
-    places = {name: Path(folder).expanduser() for name, folder in (folders or {}).items()}
+    places = {name: from_home(folder) for name, folder in (folders or {}).items()}
     names = (styles,) if isinstance(styles, str) else tuple(styles)
     for name in names:
         _check.choice(who, "styles", name, {**STYLES, **places})

@@ -7,14 +7,13 @@ import json
 import os
 from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hardmix import _check
-from hardmix._files import write_text
+from hardmix._files import from_home, write_text
 from hardmix.data.cache import Part, _digest
 from hardmix.data.decode import reason, shown
 from hardmix.data.images import FileImages, ImageData, Images, ImageSet, TensorImages, check_labels
@@ -212,7 +211,7 @@ def write_split(split: LabelSplit, path: str | os.PathLike[str]) -> None:
     """
     who = "write_split"
     text = _text(f"{who}: split", split)
-    file = Path(path).expanduser()
+    file = from_home(path)
     try:
         write_text(file, text)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -228,7 +227,7 @@ def read_split(path: str | os.PathLike[str], images_or_labels: ImageSet | Tensor
             can't be.
     """
     who = "read_split"
-    file = Path(path).expanduser()
+    file = from_home(path)
     where = f"{who}: {shown(file)}"
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "not there"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.few_labels import FewLabelData, without_labels
 from hardmix.data.folder import (
@@ -102,9 +103,9 @@ def load_few_labels(
     check_channels(WHO, channels)
     _check.choice(WHO, "on_error", on_error, ("raise", "skip"))
     _check.between(WHO, "validation", validation, 0.0, 1.0)
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        kind = "a file" if path.exists() else "not there"
+    path = from_home(path)
+    if not os.path.isdir(path):
+        kind = "a file" if os.path.exists(path) else "not there"
         raise FileNotFoundError(f"{WHO}: path is {shown(path)}, which is {kind}; pass the folder of a data set.")
     held_out = _held_out(path)
     listings = {split: _classes_in(root) for split, root in held_out.items()}
@@ -210,11 +211,11 @@ def _place(path: Path, argument: str, given: str | os.PathLike[str]) -> Path:
     kind = "folder with one sub-folder per class, or a list of files" if file else "folder of images"
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise TypeError(f"{WHO}: {argument} is {given!r}; pass a {kind}.")
-    own = Path(given).expanduser()
+    own = from_home(given)
     for place in (path / own, own):
-        if place.is_dir() or (file and place.is_file()):
+        if os.path.isdir(place) or (file and os.path.isfile(place)):
             return place
-        if place.exists():
+        if os.path.exists(place):
             raise FileNotFoundError(f"{WHO}: {argument} is {shown(place)}, which is no folder; pass a {kind}.")
     near = _check.did_you_mean(str(given), sorted(os.listdir(path)))
     raise FileNotFoundError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.images import FileImages, ImageData, channel_statistics, check_channels
 from hardmix.data.splits import train_validation_split
@@ -65,12 +66,12 @@ def load_folder(
             images to cut a test split from.
     """
     who = "load_folder"
-    path = Path(path)
+    path = from_home(path)
     if image_size is not None:
         _check.integer(who, "image_size", image_size, 1)
     check_channels(who, channels)
     _check.choice(who, "on_error", on_error, ("raise", "skip"))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise FileNotFoundError(
             f"{who}: path is {shown(path)} and there is no such folder; pass the folder of a data set."
         )

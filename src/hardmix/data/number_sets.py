@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data import pictures, series, texts, volumes
 from hardmix.data.decode import shown
 from hardmix.data.named_tables import NAMED_TABLES, PACKAGE, find_named_table, read_named_table, table_numbers
@@ -403,7 +404,7 @@ def find_numbers(name: str, path: str | os.PathLike[str] | None = None) -> Numbe
     who = "find_numbers"
     entry = NUMBER_SETS[_check.choice(who, "name", name, NUMBER_SETS)]
     if path is not None:
-        given = Path(path).expanduser()
+        given = from_home(path)
         if entry.find is None and entry.package:
             raise ValueError(f"{who}: {name} comes with the package {entry.package}; leave path out.")
         if entry.find is None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.captioned import read_captions, read_shards
 from hardmix.data.clipart import find_clipart, load_clipart
 from hardmix.data.decode import shown
@@ -208,7 +209,7 @@ def load_pairs(
         raise ValueError(f"{who}: labels is empty; name the table of captions with `--set data.labels=TABLE`.")
     if path is not None and not entry.yours and entry.find is None:
         raise ValueError(f"{who}: {name} {entry.get.split(';')[0]}; leave path out.")
-    place = None if path is None else Path(path).expanduser()
+    place = None if path is None else from_home(path)
     if entry.find is not None:
         found = entry.find(place)
         if found.path is None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_header, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, SUFFIXES, _try_all
 from hardmix.data.images import check_channels
@@ -76,7 +77,7 @@ def read_picture_table(
     check_channels(who, channels)
     _check.choice(who, "fit", fit, ("pad", "crop"))
     _check.choice(who, "on_error", on_error, ("raise", "skip"))
-    folder, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
+    folder, file = folder_and_table(who, from_home(folder), from_home(table))
     where = f"{who}: {shown(file)}"
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)

@@ -6,13 +6,15 @@ import os
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from hardmix._files import from_home
+
 
 def usual_places(name: str) -> list[Path]:
     """The folder NAME in the folder that the environment variable HARDMIX_DATA names, in `./data`, and in
     `~/.cache/hardmix`."""
     root = os.environ.get("HARDMIX_DATA")
-    places = [Path(root).expanduser() / name] if root else []
-    return [*places, Path("data") / name, Path.home() / ".cache" / "hardmix" / name]
+    places = [from_home(root) / name] if root else []
+    return [*places, Path("data") / name, from_home("~") / ".cache" / "hardmix" / name]
 
 
 def installed(distribution: str) -> list[Path]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import reason, shown
 from hardmix.data.own_splits import SPLIT_COLUMN, check_split, find_split, is_split, read_split
 
@@ -103,7 +104,7 @@ def load_table(
         return _diabetes()
     if path is None:
         raise ValueError(f"{who}: path is None, but the table is a file of yours; pass its path.")
-    file = Path(path).expanduser()
+    file = from_home(path)
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "not there"
         raise FileNotFoundError(f"{who}: path is {shown(file)}, which is {kind}; pass a CSV, TSV or Parquet file.")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data import tables
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
@@ -186,7 +187,7 @@ def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = 
     who = "read_texts"
     if path is None:
         raise ValueError(f"{who}: path is None, but the texts are a file of yours; pass its path.")
-    file = Path(path).expanduser()
+    file = from_home(path)
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "not there"
         raise FileNotFoundError(

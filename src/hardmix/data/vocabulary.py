@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import Texts
 
@@ -170,7 +171,7 @@ def load_vectors(
         ImportError: pyarrow is needed and missing.
     """
     who = "load_vectors"
-    given = Path(path).expanduser()
+    given = from_home(path)
     file = find_vectors(given) if given.exists() else None
     if file is None:
         kind = "holds no glove*.txt or *_emb.npy" if given.exists() else "is not there"

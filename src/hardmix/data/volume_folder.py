@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import in_threads, reason, shown
 from hardmix.data.numbers import Numbers
 from hardmix.data.own_splits import SPLIT_COLUMN, check_split, is_split, split_of_array
@@ -87,7 +88,7 @@ def read_volume_table(
     """
     who = "read_volume_table"
     _check.integer(who, "size", size, 0)
-    root, file = folder_and_table(who, Path(folder).expanduser(), Path(table).expanduser())
+    root, file = folder_and_table(who, from_home(folder), from_home(table))
     where = f"{who}: {shown(file)}"
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)
@@ -120,7 +121,7 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     """
     who = "read_volume_npz"
     _check.integer(who, "size", size, 0)
-    file = Path(path).expanduser()
+    file = from_home(path)
     if not file.is_file():
         raise FileNotFoundError(f"{who}: path is {shown(file)}, which is no file; pass an .npz file.")
     where = f"{who}: {shown(file)}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import ChannelScale
 from hardmix.models import layers
@@ -178,7 +179,7 @@ def load_hf_clip(path: str | os.PathLike[str], *, freeze: str = "none") -> ClipP
     """
     who = "load_hf_clip"
     _check.choice(who, "freeze", freeze, FREEZE)
-    given = Path(path).expanduser()
+    given = from_home(path)
     folder = find_language_model(given)
     if folder is None:
         kind = "holds no config.json with *.safetensors beside it" if given.is_dir() else "is no folder"

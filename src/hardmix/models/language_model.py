@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
+from hardmix._files import from_home
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import Texts
 from hardmix.models.text import pair_features, text_ids
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module):
         who = "LanguageModel"
         # the two special ones and one piece of a word
         self.max_length = _check.integer(who, "max_length", max_length, 3)
-        given = Path(path).expanduser()
+        given = from_home(path)
         folder = find_language_model(given)
         if folder is None:
             kind = "holds no config.json with *.safetensors beside it" if given.is_dir() else "is no folder"
