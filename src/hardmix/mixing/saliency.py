@@ -115,7 +115,9 @@ def saliency_map(
     if found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"{who}: saliency returned dtype {found.dtype}; return integers or floating-point values.")
     _check.same_device(who, "the map that saliency returned", found, "x", x.device)
-    return found.detach().as_subclass(Tensor)  # a map of torchvision's images is no image
+    found = found.detach()
+    # What is made of torchvision's images may be one, which a map is not. Plain tensors stay: the compiler can't cast.
+    return found if type(found) is Tensor else found.as_subclass(Tensor)
 
 
 def spectral_residual(x: Tensor) -> Tensor:
