@@ -146,6 +146,20 @@ def test_parquet_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytes
         load_table("table", path, target="y")
 
 
+def test_a_parquet_text_that_is_damaged_is_named(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    table = pa.table({"size": ["wide", "long"], "y": [1, 2]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"wide", b"w\xffde"))
+    with pytest.raises(
+        ValueError, match=r"^load_table: .*t\.parquet' is damaged \(UnicodeDecodeError\); fetch it again"
+    ):
+        load_table("table", path, target="y")
+
+
 @settings(deadline=None, max_examples=60)
 @given(rows=st.integers(1, 60), test=st.floats(0, 1), validation=st.floats(0, 1), seed=st.integers(0, 2**40))
 def test_splits_are_disjoint_and_complete(rows: int, test: float, validation: float, seed: int) -> None:

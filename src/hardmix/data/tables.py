@@ -284,13 +284,14 @@ def _parquet(where: str, path: Path) -> _Sheet:
         ) from None
     try:
         table = pq.ParquetFile(path).read()
+        names = [str(column).strip() for column in table.column_names]
+        columns = [  # damaged texts are found where they are decoded
+            ["" if value is None else str(value).strip() for value in column.to_pylist()] for column in table.columns
+        ]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({type(error).__name__}); fetch it again.") from None
-    columns = [
-        ["" if value is None else str(value).strip() for value in column.to_pylist()] for column in table.columns
-    ]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return _Sheet([str(column).strip() for column in table.column_names], rows, list(range(2, len(rows) + 2)))
+    return _Sheet(names, rows, list(range(2, len(rows) + 2)))
 
 
 def _check_names(where: str, names: list[str], target: str) -> None:
