@@ -98,7 +98,10 @@ INSIDE = '[{name="mixup", alpha=-1, per="x"}, "none", {name="scheduled", stop=3,
         ),
         (["policy={name='saliencymix', saliency='input-gradient', alpha=-1, per=3}"], ["alpha is -1", "per is 3"]),
         (["policy.name=manifold-mixup"], ['policy "manifold-mixup" needs layers']),
-        (["train.lr=1e308", "train.weight_decay=2e9"], ["train.lr: is 1e+308; input", "train.weight_decay: is 2"]),
+        (
+            ["train.lr=1e308", "train.weight_decay=2e9"],
+            ["train.lr: is 1e+308; pass a number", "train.weight_decay: is 2"],
+        ),
         (
             [
                 *("train.warmup_epochs=5", "train.epochs=1", "data.imbalance=5", "policy.name=c-mixup"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from hardmix.data.catalog import CATALOG
 from hardmix.data.kind_views import VIEWS
@@ -30,8 +30,14 @@ def _float_of_int(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-#: Far beyond what any of them means, and far below what overflows float32.
-Float = Annotated[float, BeforeValidator(_float_of_int), Field(ge=-1e9, le=1e9)]
+def _moderate(value: float) -> float:
+    """Far beyond what any setting means, and far below what overflows float32."""
+    if abs(value) > 1e9:
+        raise ValueError(f"is {value:g}; pass a number from -1e9 to 1e9")
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_float_of_int), AfterValidator(_moderate)]
 
 
 class DataSection(Section):
