@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hardmix import _check, _math
 
-#: Labels up to this number are looked for one after another.
-_FEW = 4
+#: Labels up to this number are looked for one after another, in as many entries at a time as a cache holds.
+_FEW, _PIECE = 4, 1 << 19
 
 
 class MixedTarget(NamedTuple):
@@ -162,11 +161,15 @@ def _largest(rows: Tensor, count: int) -> Tensor:
     if count > _FEW or type(rows) is not Tensor or not _math.readable(rows):
         return rows.topk(count, 1).indices
     # On a CPU torch compares entry by entry; NumPy takes as long as it takes to read them.
-    left, columns = rows.clone(memory_format=torch.contiguous_format), []
-    for _ in range(count):
-        columns.append(torch.from_numpy(np.argmax(left.numpy(), axis=1))[:, None])
-        left.scatter_(1, columns[-1], -torch.inf)
-    return torch.cat(columns, 1)
+    columns = rows.new_empty(len(rows), count, dtype=torch.long)
+    step = max(1, _PIECE // rows.shape[1])
+    left = torch.empty_like(rows[:step], memory_format=torch.contiguous_format)
+    for piece, found in zip(rows.split(step), columns.split(step), strict=True):
+        here = left[: len(piece)].copy_(piece)
+        for place in found.split(1, dim=1):
+            place[:, 0] = torch.from_numpy(here.numpy().argmax(1))
+            here.scatter_(1, place, -torch.inf)
+    return columns
 
 
 def _not_a_loss(loss: object, rows: int, shapes: list[tuple[int, ...]]) -> Exception:
