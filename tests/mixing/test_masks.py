@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix.mixing import FMix, GridMix, Policy, SmoothMix, masks
+from hardmix.mixing import FMix, GridMix, MixPlan, Policy, SmoothMix, masks
 from hardmix.mixing import field as fields
 from hardmix.mixing import plan as plans
 from hardmix.mixing.draw import move
@@ -135,6 +138,29 @@ def test_lines_travel_to_the_device_and_not_masks(policy: Policy, monkeypatch: p
     assert plan.mask.is_meta
     assert plan.mask.shape == (8, 1, 40, 50)
     assert sum(value.nbytes for value in moved) <= 8 * (4 * (50 + 50) + 3 * 8)  # and a number or two for each row
+
+
+@pytest.mark.parametrize("size", [(20000,), (150, 152), (30, 27, 40)], ids=str)
+@pytest.mark.parametrize("policy", [GridMix(pairing="permutation"), SmoothMix(), SmoothMix(per="batch")], ids=repr)
+def test_large_batches_are_blended_without_the_whole_mask(policy: Policy, size: tuple[int, ...]) -> None:
+    """Row by row, to the bit what the mask gives; wherever the plan has been."""
+    x = torch.rand(4, 3, *size, generator=rng())
+    for partner in (None, torch.tensor([1, 1, 0, 2])):
+        plan = policy.plan(x, generator=rng(2), partner=partner)
+        assert plan.mask is not None
+        want = MixPlan(plan.partner, plan.lam, plan.mask).blend(x)
+        if policy.per == "sample" and len(size) > 1:
+            assert len(pickle.dumps(plan)) < plan.mask.nbytes / 4
+        for same in (plan, pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
+            assert torch.equal(same.mask, plan.mask)
+            assert torch.equal(same.blend(x), want)
+            assert torch.equal(same.blend(x, out=torch.empty_like(x)), want)
+            assert torch.equal(same.blend_(x.clone()), want)
+        learnt = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(plan.blend(learnt).sum(), learnt)
+        assert bool(slope.isfinite().all())
+    small = F.interpolate(x, scale_factor=0.5) if len(size) > 1 else x[..., ::2]
+    assert plan.blend(small).shape == small.shape  # a hidden map, onto which the mask is averaged
 
 
 class TestFMix:

@@ -6,6 +6,7 @@ the first of these that fits. The numbers are those of the plain form.
 
     cyclic shift   two contiguous blocks are lerped straight into the output; nothing is gathered
     large rows     row by row; in place along the cycles of the pairing, which takes the memory of one saved row
+    lines          large rows whose mask is formed row by row too, of a line for each axis
     narrow types   piece by piece, so that the float32 temporaries stay in the cache
     boxes          the batch is copied once, then only the pixels inside the boxes, as bits, through NumPy's slices
 """
@@ -45,6 +46,36 @@ def box_mask(box: Tensor, size: tuple[int, ...]) -> Tensor:
     return outside_mask([outside[:, axis, :length] for axis, length in enumerate(size)])
 
 
+class LineMask:
+    """A mask (N, 1, *size) that is kept as a line for each axis; large batches never see the whole of it.
+
+    Args:
+        lines: (N, length) for each axis.
+        form: of lines of some rows, the mask of these rows.
+    """
+
+    __slots__ = ("form", "lines")
+
+    def __init__(self, lines: Sequence[Tensor], form: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self.lines = tuple(lines)
+        self.form = form
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(line.shape[1] for line in self.lines)
+
+    def whole(self) -> Tensor:
+        return self.form(self.lines)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """(1, *size)"""
+        return self.form([line[row : row + 1] for line in self.lines])[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LineMask:
+        """The same with other lines, as on another device."""
+        return LineMask([change(line) for line in self.lines], self.form)
+
+
 def outside_mask(lines: Sequence[Tensor]) -> Tensor:
     """(N, 1, *size): the largest of the (N, length) lines of its axes at each pixel, so 1 where any of them is 1."""
     axes = len(lines)
@@ -72,33 +103,42 @@ def blend_rows(own: Tensor, other: Tensor, weight: Tensor, *, out: Tensor | None
 
 
 def blend_partner(
-    x: Tensor, partner: Tensor, weight: Tensor, *, shift: int | None = None, out: Tensor | None = None
+    x: Tensor, partner: Tensor, weight: Tensor | LineMask, *, shift: int | None = None, out: Tensor | None = None
 ) -> Tensor:
     """weight * x + (1 - weight) * x[partner], rounded as in `blend_rows`; `out` may be `x` itself.
 
     `shift` says that partner[i] = (i + shift) mod N.
     """
-    if is_traced(x, weight):
-        return _written(_blend(x, _gather(x, partner), weight), out)
     in_place = out is x
-    if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
-        out = torch.empty_like(x) if out is None else out
-        cut = x.shape[0] - shift
-        own, weights, outs = (t.tensor_split((cut,)) for t in (x, weight, out))
-        for piece in zip(own, reversed(x.tensor_split((shift,))), weights, outs, strict=True):
-            _blend(*piece)
-        return out
+    if isinstance(weight, LineMask) and (is_traced(x) or not _has_large_rows(x)):
+        weight = weight.whole()
+    if isinstance(weight, Tensor):
+        if is_traced(x, weight):
+            return _written(_blend(x, _gather(x, partner), weight), out)
+        if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
+            return _blend_blocks(x, weight, shift, torch.empty_like(x) if out is None else out)
     partners = partner.tolist() if _has_large_rows(x) else []
     cycles = cycles_of(partners) if in_place else []
     if not partners or cycles is None:
-        return blend_rows(x, _gather(x, partner), weight, out=out)
+        whole = weight.whole() if isinstance(weight, LineMask) else weight
+        return blend_rows(x, _gather(x, partner), whole, out=out)
     out = torch.empty_like(x) if out is None else out
-    rows, weights, outs = x.unbind(0), weight.unbind(0), out.unbind(0)
+    rows, outs = x.unbind(0), out.unbind(0)
+    weights = weight if isinstance(weight, LineMask) else weight.unbind(0)
     if not in_place:
         for i, j in enumerate(partners):
             _blend(rows[i], rows[j], weights[i], outs[i])
     for i, other in along_cycles(rows, cycles, Tensor.clone):
         _blend(rows[i], other, weights[i], outs[i])
+    return out
+
+
+def _blend_blocks(x: Tensor, weight: Tensor, shift: int, out: Tensor) -> Tensor:
+    """`blend_partner` of a cyclic shift, not in place."""
+    cut = x.shape[0] - shift
+    own, weights, outs = (t.tensor_split((cut,)) for t in (x, weight, out))
+    for piece in zip(own, reversed(x.tensor_split((shift,))), weights, outs, strict=True):
+        _blend(*piece)
     return out
 
 

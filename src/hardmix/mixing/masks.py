@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from hardmix import _check
 from hardmix._math import CPU, settled
-from hardmix.kernels.blend import outside_mask
+from hardmix.kernels.blend import LineMask, outside_mask
 from hardmix.mixing.draw import Pairing, move, uniform
 from hardmix.mixing.field import SPECTRA, low_frequency_mask
 from hardmix.mixing.plan import MixPlan
@@ -54,9 +55,12 @@ class SmoothMix(Policy):
             bells.append(self._rows(pairing, bell)[:count])  # (count, length)
         # The mean of a product of lines is the product of their means, so only lines travel to the device.
         lam = 1.0 - torch.stack([bell.mean(1) for bell in bells]).prod(0)
-        mask = _without_product([settled(move(bell, x.device)) for bell in bells])[:, None]
-        rows = x.shape[0]
-        return _masked_plan(pairing, lam.expand(rows).contiguous(), mask.expand(rows, *mask.shape[1:]))
+        rows, lines = x.shape[0], [settled(move(bell, x.device)) for bell in bells]
+        lam = lam.expand(rows).contiguous()
+        if count == rows:
+            return _masked_plan(pairing, lam, x.device, lines=LineMask(lines, _outside_discs))
+        mask = _outside_discs(lines)
+        return _masked_plan(pairing, lam, x.device, mask.expand(rows, *mask.shape[1:]))
 
 
 class GridMix(Policy):
@@ -122,8 +126,8 @@ class GridMix(Policy):
         lam = (math.prod(size) - shown).to(torch.float32) / math.prod(size)
         # A line for each axis travels to the device; the mask, of zeros and ones on any, is made there.
         outside = settled(move(outside, x.device))
-        mask = outside_mask([line[:, :length] for line, length in zip(outside, size, strict=True)])
-        return _masked_plan(pairing, lam, mask)
+        lines = [line[:, :length] for line, length in zip(outside, size, strict=True)]
+        return _masked_plan(pairing, lam, x.device, lines=LineMask(lines, outside_mask))
 
 
 class FMix(Policy):
@@ -173,23 +177,25 @@ class FMix(Policy):
         kept = low_frequency_mask(self._rows(pairing, keep)[:count], size, self.decay, self.spectrum, generator)
         # Bits travel to the device; the floats are made there.
         mask = move(self._rows(pairing, kept[:, None]), x.device)
-        return _masked_plan(pairing, keep.to(torch.float32) / pixels, mask.to(torch.float32))
+        return _masked_plan(pairing, keep.to(torch.float32) / pixels, x.device, mask.to(torch.float32))
 
 
-def _masked_plan(pairing: Pairing, lam: Tensor, mask: Tensor) -> MixPlan:
+def _masked_plan(
+    pairing: Pairing, lam: Tensor, device: torch.device, mask: Tensor | None = None, lines: LineMask | None = None
+) -> MixPlan:
     """The plan of a mask that is on the batch's device already; partners and shares are moved there."""
-    plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(mask.device)
-    return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift)
+    plan = MixPlan(pairing.partner, lam, shift=pairing.shift).to(device)
+    return MixPlan(plan.partner, plan.lam, mask, shift=plan.shift, lines=lines)
 
 
-def _without_product(factors: list[Tensor]) -> Tensor:
-    """1 - the outer product of each row: (N, L1), (N, L2), ... -> (N, L1, L2, ...)"""
-    first, *others = factors
+def _outside_discs(bells: Sequence[Tensor]) -> Tensor:
+    """1 - the outer product of each row: (N, L1), (N, L2), ... -> (N, 1, L1, L2, ...)"""
+    first, *others = bells
     out = -first
     for factor in others:
         out = out[..., None] * factor.view(factor.shape[0], *[1] * (out.ndim - 1), -1)
     # Not addcmul, which is several times slower where it broadcasts, and rounds once or twice by device.
-    return out.add_(1.0)
+    return out.add_(1.0)[:, None]
 
 
 def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:

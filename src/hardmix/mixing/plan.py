@@ -28,8 +28,8 @@ class MixPlan:
         partner: (N,) long, the row that each row is mixed with.
         lam: (N,) float32, the share of the **own** sample. With a mask or boxes it is the mask's mean, so labels and
             pixels agree, unless another one was given: labels and features then follow `lam`, pixels the mask.
-        mask: (N, 1, *spatial) float32 share of the own pixel, or None. A plan made of boxes holds the boxes and forms
-            the mask when it is asked for.
+        mask: (N, 1, *spatial) float32 share of the own pixel, or None. A plan made of boxes, or of a line for each axis
+            (GridMix, SmoothMix), holds these and forms the mask when it is asked for.
         box: (N, S, 2) long half-open [start, stop) along each of the S spatial axes: the pixels that show the partner.
         fit: (N, S, 2) long boxes that the partner is shown whole in, resized (ResizeMix), or None. It is resized when a
             batch is blended, so second views, dense masks and hidden maps follow.
@@ -38,7 +38,7 @@ class MixPlan:
             drawn for (AugMix). With `fit`, `other` holds that batch's resized partners.
     """
 
-    __slots__ = ("_mask", "_other", "box", "fit", "lam", "own", "partner", "shift", "size", "source")
+    __slots__ = ("_mask", "_other", "box", "fit", "lam", "lines", "own", "partner", "shift", "size", "source")
 
     def __init__(
         self,
@@ -53,10 +53,12 @@ class MixPlan:
         shift: int | None = None,
         fit: Tensor | None = None,
         source: Tensor | None = None,
+        lines: kernel.LineMask | None = None,
     ) -> None:
         """`size` is the spatial size that `box` and `fit` refer to, `source` the batch that the plan was drawn for.
         `shift` says that partner[i] = (i + shift) mod N, which lets a CPU blend two contiguous blocks instead of
-        gathering rows; it must agree with `partner`. Without `lam` it is the mean of the mask.
+        gathering rows; it must agree with `partner`. Without `lam` it is the mean of the mask. `lines` stands for a
+        mask that is formed of a line for each axis; it needs `lam`.
 
         Raises:
             TypeError: something that is not a tensor, or a tensor of the wrong kind of numbers; a bool mask is taken as
@@ -100,6 +102,7 @@ class MixPlan:
             )
         self.partner = partner
         self.lam = lam
+        self.lines = lines
         self._mask = mask
         self.box = box
         self.size = size
@@ -126,7 +129,7 @@ class MixPlan:
         if self._mask is None and self.box is not None:
             assert self.size is not None
             return kernel.box_mask(self.box, self.size)
-        return self._mask
+        return self._mask if self.lines is None else self.lines.whole()
 
     def __len__(self) -> int:
         return self.partner.shape[0]
@@ -153,6 +156,7 @@ class MixPlan:
             move(self.partner, device),
             move(self.lam, device),
             moved(self._mask),
+            lines=None if self.lines is None else self.lines.map(lambda line: move(line, device)),
             box=box,
             size=self.size,
             own=moved(self.own),
@@ -216,6 +220,7 @@ class MixPlan:
             if box is not None:
                 return kernel.paste_boxes(x, self.partner, box, out=out)
             return kernel.blend_partner(x, self.partner, weight, shift=shift, out=out)
+        assert isinstance(weight, Tensor)
         for name, changed in (("own", own), ("other", other)):
             if changed is not None and (changed.shape, changed.dtype) != (x.shape, x.dtype):
                 raise ValueError(
@@ -296,9 +301,11 @@ class MixPlan:
     def _mask_size(self) -> tuple[int, ...] | None:
         if self.box is not None:
             return self.size
+        if self.lines is not None:
+            return self.lines.size
         return None if self._mask is None else tuple(self._mask.shape[2:])
 
-    def _where(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _where(self, x: Tensor) -> tuple[Tensor | kernel.LineMask, Tensor | None]:
         """The weight to blend `x` with, broadcastable to it, and the boxes where they can be pasted as they are."""
         flat = self.lam.view(-1, *[1] * (x.ndim - 1))
         size = self._mask_size()
@@ -310,8 +317,11 @@ class MixPlan:
                 f"pass (N, C, {', '.join('L' if len(size) == 1 else 'DHW'[-len(size) :])}), or (N, D) features."
             )
         if tuple(x.shape[2:]) == size:
-            if self.box is not None and self.fit is None and self.own is None and self._other is None:
-                return flat, self.box
+            if self.fit is None and self.own is None and self._other is None:
+                if self.box is not None:
+                    return flat, self.box
+                if self.lines is not None:
+                    return self.lines, None
             mask = self.mask
             assert mask is not None
             return mask, None
