@@ -142,8 +142,12 @@ def test_lines_travel_to_the_device_and_not_masks(policy: Policy, monkeypatch: p
 
 @pytest.mark.parametrize("size", [(20000,), (150, 152), (30, 27, 40)], ids=str)
 @pytest.mark.parametrize("policy", [GridMix(pairing="permutation"), SmoothMix(), SmoothMix(per="batch")], ids=repr)
-def test_large_batches_are_blended_without_the_whole_mask(policy: Policy, size: tuple[int, ...]) -> None:
-    """Row by row, to the bit what the mask gives; wherever the plan has been."""
+@pytest.mark.parametrize("piece", [1, 50_000, 10**6])
+def test_large_batches_are_blended_without_the_whole_mask(
+    piece: int, policy: Policy, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces or row by row, to the bit what the mask gives; wherever the plan has been."""
+    monkeypatch.setattr("hardmix.kernels.blend._PIECE", piece)
     x = torch.rand(4, 3, *size, generator=rng())
     for partner in (None, torch.tensor([1, 1, 0, 2])):
         plan = policy.plan(x, generator=rng(2), partner=partner)

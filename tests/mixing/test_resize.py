@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hardmix.kernels import warp
 from hardmix.mixing import ResizeMix
 from mixing.cases import rng
 
@@ -71,28 +70,6 @@ def test_in_place_is_out_of_place(dtype: torch.dtype, side: int, layout: torch.m
         assert plan.blend_(changed) is changed
         assert torch.equal(changed, want)
         assert changed._version > version  # a graph that kept the clean batch has to notice
-
-
-@pytest.mark.parametrize("size", [(90, 70), (6000,), (9, 40, 30)], ids=str)
-def test_threads_change_no_bit(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several rows are sampled in one call, in windows as large as the largest box."""
-    x = torch.rand(7, 3, *size, generator=rng())
-    policy = ResizeMix(scale=(0.05, 1.0), pairing="permutation")
-    for seed in range(5):
-        plan = policy.plan(x, generator=rng(seed))
-        assert plan.fit is not None
-        plan.fit[2] = torch.tensor([[0, length] for length in size])  # shown as it is
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        want = plan.blend(x)
-        assert torch.equal(want[2], x[plan.partner[2]])
-        for threads in (2, 3, 8, 20):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            assert torch.equal(plan.blend(x), want)
-            assert torch.equal(plan.blend_(x.clone()), want)
-            found = warp.resize_into_boxes(x, plan.partner, plan.fit)
-            for row, edges in enumerate(plan.fit.tolist()):
-                inside = (row, slice(None), *(slice(*ends) for ends in edges))
-                assert torch.equal(found[inside], want[inside])
 
 
 @pytest.mark.parametrize("side", [20, 140])

@@ -6,13 +6,14 @@ the first of these that fits. The numbers are those of the plain form.
 
     cyclic shift   two contiguous blocks are lerped straight into the output; nothing is gathered
     large rows     row by row; in place along the cycles of the pairing, which takes the memory of one saved row
-    lines          large rows whose mask is formed row by row too, of a line for each axis
+    lines          a mask of a line for each axis is formed for the rows that are blended, some or one at a time
     narrow types   piece by piece, so that the float32 temporaries stay in the cache
     boxes          the batch is copied once, then only the pixels inside the boxes, as bits, through NumPy's slices
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise, repeat
@@ -32,7 +33,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LARGEST_INT64 = 2**63 - 1024
 #: Rows from this size on are worth a call each: streaming that much memory takes as long as the call itself.
 _LARGE_ROW_BYTES = 64 * 1024
-#: Values that a narrower batch is turned into float32 at a time.
+#: Values that a narrower batch is turned into float32 at a time, and pixels of a mask that are formed at a time.
 _PIECE = 128 * 1024
 
 
@@ -67,9 +68,12 @@ class LineMask:
     def whole(self) -> Tensor:
         return self.form(self.lines)
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.form([line[start:stop] for line in self.lines])
+
     def __getitem__(self, row: int) -> Tensor:
         """(1, *size)"""
-        return self.form([line[row : row + 1] for line in self.lines])[0]
+        return self.rows(row, row + 1)[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LineMask:
         """The same with other lines, as on another device."""
@@ -112,11 +116,10 @@ def blend_partner(
     in_place = out is x
     if isinstance(weight, LineMask) and (is_traced(x) or not _has_large_rows(x)):
         weight = weight.whole()
-    if isinstance(weight, Tensor):
-        if is_traced(x, weight):
-            return _written(_blend(x, _gather(x, partner), weight), out)
-        if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
-            return _blend_blocks(x, weight, shift, torch.empty_like(x) if out is None else out)
+    if isinstance(weight, Tensor) and is_traced(x, weight):
+        return _written(_blend(x, _gather(x, partner), weight), out)
+    if shift is not None and x.dtype in _FULL and x.is_cpu and not in_place:
+        return _blend_blocks(x, weight, shift, torch.empty_like(x) if out is None else out)
     partners = partner.tolist() if _has_large_rows(x) else []
     cycles = cycles_of(partners) if in_place else []
     if not partners or cycles is None:
@@ -133,12 +136,16 @@ def blend_partner(
     return out
 
 
-def _blend_blocks(x: Tensor, weight: Tensor, shift: int, out: Tensor) -> Tensor:
+def _blend_blocks(x: Tensor, weight: Tensor | LineMask, shift: int, out: Tensor) -> Tensor:
     """`blend_partner` of a cyclic shift, not in place."""
-    cut = x.shape[0] - shift
-    own, weights, outs = (t.tensor_split((cut,)) for t in (x, weight, out))
-    for piece in zip(own, reversed(x.tensor_split((shift,))), weights, outs, strict=True):
-        _blend(*piece)
+    rows = x.shape[0]
+    step = rows if isinstance(weight, Tensor) else max(1, _PIECE // math.prod(weight.size))
+    for first, last, partner in ((0, rows - shift, shift), (rows - shift, rows, 0)):
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            share = weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
+            other = x[partner + start - first : partner + stop - first]
+            _blend(x[start:stop], other, share, out[start:stop])
     return out
 
 

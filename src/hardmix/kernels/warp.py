@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import reduce
-from itertools import islice
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from hardmix.kernels import blend
 #: Rows of at least this many values are visited one by one on a CPU, so that only the pixels inside the box are
 #: computed.
 _LARGE_ROW = 1 << 14
-#: Rows that threads sample in one call, at most: they have to fit into the caches together.
-_AT_ONCE = 8
 
 
 def resize_into_boxes(x: Tensor, partner: Tensor, box: Tensor) -> Tensor:
@@ -102,50 +99,24 @@ def _fill_windows(
         sources: (row, bits of what is shown in its box), as `blend.as_array` gives them.
         around: (N, C, *spatial) bits of what stands around the boxes; None leaves what is there.
     """
-    everything = [slice(0, length) for length in out.shape[2:]]
-    boxes = [[slice(start, stop) for start, stop in edges] for edges in box.tolist()]
     grid_of = _grids_of_windows(_positions(out, box))
-    # Each thread samples another row of a call. Sampling a row straight from memory jumps about in it, so it is
-    # streamed in first. NumPy copies what is copied: to wake a second thread for one row takes longer than the row.
-    near = torch.empty_like(out[: min(torch.get_num_threads(), _AT_ONCE)])
+    # Sampling a row straight from memory jumps about in it, so it is streamed in first. NumPy copies what is copied: to
+    # wake a second thread for one row takes longer than the row.
+    near = torch.empty_like(out[:1])
     mixed, streamed = blend.as_array(out), blend.as_array(near)
-    if len(near) > 1 and around is not None:  # in any order; boxes of a call are alike then
-        sources = sorted(sources, key=lambda each: [part.start - part.stop for part in boxes[each[0]]])
-    coming = iter(sources)
-    while group := list(islice(coming, len(near))):
-        for place, (_, source) in enumerate(group):
-            streamed[place] = source
-        rows = [row for row, _ in group]
-        windows = _windows_of_one_size([boxes[row] for row in rows], everything)
-        shown = blend.as_array(_sample(near[: len(rows)], grid_of(rows, windows)))
-        for place, (row, window) in enumerate(zip(rows, windows, strict=True)):
-            if boxes[row] == everything:  # nothing is resized, and nothing rounded
-                mixed[row] = streamed[place]
-                continue
-            if around is not None:
-                mixed[row] = around[row]  # here, where the row stays in the cache for what follows
-            inside = (slice(None), *boxes[row])
-            mixed[row][inside] = shown[place][_within(window, boxes[row])]
+    windows = [tuple(slice(start, stop) for start, stop in edges) for edges in box.tolist()]
+    everything = tuple(slice(0, length) for length in out.shape[2:])
+    for row, source in sources:
+        if windows[row] == everything:  # nothing is resized, and nothing rounded
+            mixed[row] = source
+            continue
+        streamed[0] = source
+        if around is not None:
+            mixed[row] = around[row]  # here, where the row stays in the cache for what follows
+        place = (slice(None), *windows[row])
+        mixed[row][place] = blend.as_array(_sample(near, grid_of(row, windows[row])))[0]
     blend.mark_written(out)
     return out
-
-
-def _windows_of_one_size(boxes: list[list[slice]], everything: list[slice]) -> list[list[slice]]:
-    """For each box a window inside of `everything` that holds it, all of one size."""
-    if len(boxes) == 1:
-        return boxes
-    sides = [max(part.stop - part.start for part in along) for along in zip(*boxes, strict=True)]
-    windows = []
-    for box in boxes:
-        starts = [min(part.start, all_.stop - side) for part, all_, side in zip(box, everything, sides, strict=True)]
-        windows.append([slice(start, start + side) for start, side in zip(starts, sides, strict=True)])
-    return windows
-
-
-def _within(window: list[slice], box: list[slice]) -> tuple[slice, ...]:
-    """Where a box stands inside of a window (C, ...) that holds it."""
-    pairs = zip(window, box, strict=True)
-    return slice(None), *(slice(part.start - whole.start, part.stop - whole.start) for whole, part in pairs)
 
 
 def _positions(x: Tensor, box: Tensor) -> list[Tensor]:
@@ -174,23 +145,17 @@ def _grid(positions: list[Tensor]) -> Tensor:
     return torch.stack(axes[::-1], -1)
 
 
-def _grids_of_windows(positions: list[Tensor]) -> Callable[[list[int], list[list[slice]]], Tensor]:
-    """grid_of(rows, windows): `_grid` of a window of each of some rows, all of one size."""
-    flat = len(positions) == 2
-    if flat:
-        # The sum of an imaginary column and a real row writes both coordinates in one pass; stacking takes two.
-        zero = torch.zeros_like(positions[0][:1, :1])
-        pairs = ((zero, positions[0]), (positions[1], zero))
-        positions = [torch.complex(*torch.broadcast_tensors(*pair)) for pair in pairs]
-
-    def grid_of(rows: list[int], windows: list[list[slice]]) -> Tensor:
-        axes = []
-        for axis, along in enumerate(positions):
-            parts = [along[row : row + 1, window[axis]] for row, window in zip(rows, windows, strict=True)]
-            axes.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return torch.view_as_real(axes[0][:, :, None] + axes[1][:, None]) if flat else _grid(axes)
-
-    return grid_of
+def _grids_of_windows(positions: list[Tensor]) -> Callable[[int, tuple[slice, ...]], Tensor]:
+    """grid_of(row, window): `_grid` of a window of one row."""
+    if len(positions) != 2:
+        return lambda row, window: _grid(
+            [along[row : row + 1, part] for along, part in zip(positions, window, strict=True)]
+        )
+    # The sum of an imaginary column and a real row writes both coordinates in one pass; stacking takes two.
+    zero = torch.zeros_like(positions[0][:1, :1])
+    down = torch.complex(*torch.broadcast_tensors(zero, positions[0]))[:, :, None]
+    along = torch.complex(*torch.broadcast_tensors(positions[1], zero))[:, None]
+    return lambda row, window: torch.view_as_real(down[row : row + 1, window[0]] + along[row : row + 1, :, window[1]])
 
 
 def _sample(x: Tensor, grid: Tensor) -> Tensor:
