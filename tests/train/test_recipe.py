@@ -99,7 +99,7 @@ INSIDE = '[{name="mixup", alpha=-1, per="x"}, "none", {name="scheduled", stop=3,
         (["policy={name='saliencymix', saliency='input-gradient', alpha=-1, per=3}"], ["alpha is -1", "per is 3"]),
         (["policy.name=manifold-mixup"], ['policy "manifold-mixup" needs layers']),
         (
-            ["train.lr=1e308", "train.weight_decay=2e9"],
+            ["train.lr=1e308", "train.weight_decay=2e30"],
             ["train.lr: is 1e+308; pass a number", "train.weight_decay: is 2"],
         ),
         (

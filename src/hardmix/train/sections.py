@@ -31,9 +31,9 @@ def _float_of_int(value: object) -> object:
 
 
 def _moderate(value: float) -> float:
-    """Far beyond what any setting means, and far below what overflows float32."""
-    if abs(value) > 1e9:
-        raise ValueError(f"is {value:g}; pass a number from -1e9 to 1e9")
+    """What float32 can hold, with room for a product."""
+    if abs(value) > 1e30:
+        raise ValueError(f"is {value:g}; pass a number from -1e30 to 1e30")
     return value
 
 
