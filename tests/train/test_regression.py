@@ -164,6 +164,15 @@ def test_a_table_of_ones_own(tmp_path) -> None:
     assert summary["data"]["target"] == "price"
 
 
+def test_predictions_of_large_labels_that_are_close_are_not_rounded(tmp_path) -> None:
+    path = tmp_path / "times.csv"
+    path.write_text("x,time\n" + "".join(f"{i},{1_700_000_000 + 2 * i}\n" for i in range(60)))
+    recipe = load_recipe("table-l1", [f"data.path={path}", "data.target=time", "train.epochs=3"])
+    scatter = run_recipe(recipe, tmp_path / "run")["scatter"]
+    # float32 has 1,700,000,000 and nothing up to 1,700,000,128
+    assert len(set(scatter["prediction"])) == len(scatter["label"])
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -35,7 +35,8 @@ class LabelScale(nn.Module):
         return ((labels - self.mean) / self.std).float()
 
     def back(self, values: Tensor) -> Tensor:
-        return values * self.std + self.mean
+        # A float64 scalar would leave float32 values as they are, in which seconds since 1970 are 128 apart.
+        return values.double() * self.std + self.mean
 
 
 class NumberData:
