@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,6 +141,8 @@ def run(
         loaded = load_recipe(str(recipe), [*(sets or []), *shortened])
         loaded = loaded if seed is None else loaded.with_seed(seed)
         folder = out or Path("runs") / (loaded.name + "-smoke" * smoke) / f"seed-{loaded.seed}"
+    if resume is None and rank_and_size()[0] == 0:
+        _say_kept_starts([loaded])
     with one_bar(loaded.name) as tell:
         summary = run_recipe(loaded, folder, resume=resume is not None, progress=tell)
     if rank_and_size()[0] == 0:  # of several processes, one tells
@@ -471,11 +474,20 @@ def _message(error: Exception) -> str:
     return error.format_message() if hasattr(error, "format_message") else str(error)
 
 
+def _say_kept_starts(recipes: list[Any]) -> None:
+    """What is not trained again has to be told: files that it was trained on may have changed."""
+    from hardmix.train.start import kept_starts
+
+    for folder, finished in kept_starts(recipes).items():
+        say_where(f"Start, trained {time.strftime('%d %B %Y', time.localtime(finished))}", folder)
+
+
 def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str] | None, title: str = "") -> None:
     from hardmix.train.compare import compare as run_comparison
     from hardmix.train.recipe import load_recipe
 
     recipes = [load_recipe(name, sets) for name in names]
+    _say_kept_starts(recipes)
     command = shlex.join(["hardmix", *sys.argv[1:]])
     labels = [f"{recipe.name} seed {seed}" for seed in range(seeds) for recipe in recipes]
     with many_bars(labels) as watch:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from hardmix import tables
+from hardmix.cli import main
 from hardmix.train.compare import compare
 from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
 from hardmix.train.evaluate import evaluate_run, load_run
@@ -165,6 +168,27 @@ def test_a_start_is_trained_once_kept_and_measured_again(drawings, scratch, tmp_
     # The folder of a run is a start, too.
     run_recipe(pairs(drawings, tune={"start": str(scratch)}), tmp_path / "of a run")
     assert read(tmp_path / "of a run")["before"] == read(scratch)["test"]
+
+
+def test_a_kept_start_and_its_day_are_told_before_training(drawings, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "first.toml").write_text(pairs(drawings, name="first").to_toml())
+    tuned = pairs(drawings, name="tuned", tune={"start": str(tmp_path / "first.toml")})
+    (tmp_path / "tuned.toml").write_text(tuned.to_toml())
+
+    def told(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["hardmix", *words])
+        main()
+        return capsys.readouterr().out
+
+    recipe = str(tmp_path / "tuned.toml")
+    assert "Start, trained" not in told("run", recipe, "--out", str(tmp_path / "a")), "it is trained there"
+    folder = start_folder(tuned)
+    assert folder is not None
+    day = datetime(2031, 2, 3, 12).timestamp()
+    os.utime(folder / "summary.json", (day, day))
+    line = f"Start, trained 03 February 2031: {folder}\n"
+    assert told("run", recipe, "--out", str(tmp_path / "b")).startswith(line)
+    assert told("compare", recipe, "--seeds", "1", "--out", str(tmp_path / "c")).startswith(line)
 
 
 def test_several_runs_start_from_one_that_is_trained_before_them(drawings, tmp_path) -> None:

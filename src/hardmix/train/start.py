@@ -50,6 +50,16 @@ def _from_root(section: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def kept_starts(recipes: Iterable[Recipe]) -> dict[Path, float]:
+    """Folders in the cache that runs of these recipes will start from as they are, and when each was finished.
+
+    They are known by their recipes: files that have changed since, under the same names, are not noticed.
+    """
+    named = {start_folder(recipe) for recipe in recipes if not (Path(recipe.tune.start) / "recipe.toml").is_file()}
+    finished = sorted(folder / "summary.json" for folder in named if folder and (folder / "summary.json").is_file())
+    return {summary.parent: summary.stat().st_mtime for summary in finished}
+
+
 def prepare_start(recipe: Recipe, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Train the recipe that `tune.start` names, unless that has been done; all processes call it alike."""
     from hardmix.train.loop import run_recipe
