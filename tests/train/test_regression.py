@@ -164,6 +164,24 @@ def test_a_table_of_ones_own(tmp_path) -> None:
     assert summary["data"]["target"] == "price"
 
 
+def test_a_table_to_pretrain_on_has_the_same_columns_in_the_same_order(tmp_path) -> None:
+    rows = [(i, i % 5, "ab"[i % 2], 2 * i) for i in range(40)]
+    for name, places in (("own", (0, 1, 2, 3)), ("turned", (1, 0, 2, 3)), ("same", (3, 0, 1, 2))):
+        lines = [",".join(str(row[place]) for place in places) for row in [("age", "rooms", "side", "price"), *rows]]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    (tmp_path / "words.csv").write_text((tmp_path / "own.csv").read_text().replace(",a,", ",c,"))
+
+    def task(source: str) -> Regression:
+        sets = [f"data.path={tmp_path}/own.csv", "data.target=price", f"contrast.data.path={tmp_path}/{source}.csv"]
+        return Regression(load_recipe("table-supremix", sets))
+
+    assert task("same").source_inputs.shape == (40, 4)
+    with pytest.raises(ValueError, match=r"feature 1 is 'age' in .*own.csv but 'rooms' in .*turned.csv; pre-train on"):
+        task("turned")
+    with pytest.raises(ValueError, match=r"feature 3 is 'side=a' in .* but 'side=b' in .*words.csv"):
+        task("words")
+
+
 def test_predictions_of_large_labels_that_are_close_are_not_rounded(tmp_path) -> None:
     path = tmp_path / "times.csv"
     path.write_text("x,time\n" + "".join(f"{i},{1_700_000_000 + 2 * i}\n" for i in range(60)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix.data.kind_views import build_views
-from hardmix.data.numbers import ChannelScale, as_floats
+from hardmix.data.numbers import ChannelScale, Numbers, as_floats
 from hardmix.data.tables import Standardize
 from hardmix.distributed import gather_rows, gather_with_gradient, my_part
 from hardmix.losses import ConRLoss, FeatureSmoothing, SupReMixLoss, lds_weights
@@ -108,6 +108,7 @@ class Regression:
         own = inputs(self.data.numbers)
         source = own if self.source is self.data else inputs(self.source.numbers)
         rows = self.source.rows["train"]
+        _check_columns(self.data.numbers, self.source.numbers)
         if own.shape[1:] != source.shape[1:] and not own.dtype == torch.long:
             raise ValueError(
                 f"data: a sample of {self.data.numbers.name} has shape {tuple(own.shape[1:])}, but one of "
@@ -329,6 +330,18 @@ class Regression:
 
     def write_gallery(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """Numbers make no gallery of mixed samples."""
+
+
+def _check_columns(own: Numbers, source: Numbers) -> None:
+    """An encoder knows columns by their place alone: those of one table have to be those of the other."""
+    pairs = enumerate(zip(own.feature_names, source.feature_names, strict=False))
+    other = next((place for place, (a, b) in pairs if a != b), None)
+    if other is not None:
+        raise ValueError(
+            f"data: feature {other + 1} is {own.feature_names[other]!r:.60} in {own.source} but "
+            f"{source.feature_names[other]!r:.60} in {source.source}; pre-train on a table with the same columns in "
+            "the same order, and the same words in them."
+        )
 
 
 class _WeightsByLabel:
