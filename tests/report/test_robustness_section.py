@@ -139,6 +139,17 @@ def test_a_comparison_sets_methods_side_by_side(tmp_path):
     assert [cell.below == "" for cell in shown["tables"][0].rows[0].cells] == [True] + [False] * (len(names) - 1)
 
 
+def test_measurements_of_other_runs_are_told_from_those_of_the_comparison(tmp_path):
+    stored = write_comparison(tmp_path)
+    runs = [{key: run[key] for key in ("name", "seed")} for run in stored["runs"]]
+    result = comparison_result([row["name"] for row in stored["table"]])
+    put(tmp_path, result | {"runs": runs})
+    assert "hardmix eval FOLDER" not in words(write_comparison_report(tmp_path))
+    put(tmp_path, result | {"runs": [run for run in runs if run["seed"] < 3]})
+    told = words(write_comparison_report(tmp_path))
+    assert "measurements of 9 runs, not of the 15 of the tables above; `hardmix eval FOLDER --robustness`" in told
+
+
 DAMAGED = [
     "",
     "{",

@@ -112,7 +112,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "spheres": _spheres(comparison),
         "shared": shared,
         "galleries": galleries,
-        "robustness": section(comparison.folder),
+        "robustness": section(comparison.folder, [(row.name, row.seed) for row in comparison.rows]),
         "command": comparison.command,
         "details": _details(comparison),
         "reliability_caption": Markup(plots.RELIABILITY_CAPTION),

@@ -50,8 +50,10 @@ class Table(NamedTuple):
     rows: list[Row]
 
 
-def section(folder: Path) -> dict[str, Any] | None:
+def section(folder: Path, runs: Sequence[tuple[str, Any]] | None = None) -> dict[str, Any] | None:
     """What robustness.html.j2 asks for, from `folder`/robustness.json; None where there is no such file.
+
+    `runs` are the names and seeds that a comparison has now: a note tells where others were measured.
 
     A damaged file, or one with pieces missing, gives what can be shown and a note; it never stops a page.
     """
@@ -62,6 +64,12 @@ def section(folder: Path) -> dict[str, Any] | None:
     shown = _comparison(stored) if isinstance(stored.get("table"), list) else _run(stored)
     if not notes and not shown["plots"] and not shown["tables"]:
         notes.append(f"{FILE} holds no measurement that can be shown.")
+    measured = [(str(dig(run, "name")), dig(run, "seed")) for run in _items(stored.get("runs"))]
+    if runs is not None and measured and measured != list(runs):
+        notes.append(
+            f"These are measurements of {len(measured)} runs, not of the {len(runs)} of the tables above; "
+            "`hardmix eval FOLDER --robustness` measures what is missing."
+        )
     return {"sentences": [], "diagrams": [], "key": [], **shown, "notes": notes}
 
 
