@@ -169,7 +169,7 @@ TITLES = {
     "caption_exact": "caption exact %", "caption_edit_distance": "caption edits", "caption_bleu_4": "BLEU-4 %",
     "caption_cider": "CIDEr", "shift_caption_exact": "shift caption exact %",
     "shift_caption_edit_distance": "shift caption edits", "shift_caption_bleu_4": "shift BLEU-4 %",
-    "shift_caption_cider": "shift CIDEr",
+    "shift_caption_cider": "shift CIDEr", "alignment": "alignment", "uniformity": "uniformity",
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ IN_THE_REPORT = (
     *("top5", "gm", "pearson", "local_linearity", "recall_10", "median_rank", "shift_recall_1"),
     *("seen_shift_recall_5", "shift_zeroshot", "shift_fewshot_4", "gap"),
     *("caption_bleu_4", "shift_caption_exact", "shift_caption_bleu_4", "shift_caption_cider"),
-    "shift_caption_edit_distance",
+    *("shift_caption_edit_distance", "alignment", "uniformity"),
 )
 
 
@@ -218,7 +218,8 @@ def print_comparison(result: dict[str, Any]) -> None:
     table.add_column("recipe", overflow="fold")
     if any(ranks):
         table.add_column("rank", justify="right")
-    shown = [metric for metric in result["metrics"] if metric in TITLES and metric not in IN_THE_REPORT]
+    known = [metric for metric in result["metrics"] if metric in TITLES]
+    shown = [metric for metric in known if metric == key or metric not in IN_THE_REPORT]
     for metric in shown:
         table.add_column(TITLES[metric], justify="right")
     if result["cost_against"] is not None:
@@ -235,6 +236,8 @@ def print_comparison(result: dict[str, Any]) -> None:
         untrained = any(row["relative_cost"] is None for row in result["table"])
         none = " -: makes no training step." if untrained else ""
         console.print(f"Cost: seconds a training step, {escape(result['cost_against'])} = 1.{none}")
+    for caution in result["cautions"]:
+        console.print(escape(caution), soft_wrap=True)
     seeds = len(result["seeds"])
     if seeds == 1:
         console.print("One seed: no intervals and no test; pass --seeds 5 or more.")
@@ -242,7 +245,8 @@ def print_comparison(result: dict[str, Any]) -> None:
     console.print(f"Mean over {seeds} seeds with 95 % interval.")
     if len(result["table"]) == 1:
         return
-    title = TITLES[key].removesuffix(" %").capitalize() if TITLES[key].endswith("%") else TITLES[key]
+    title = TITLES[key].removesuffix(" %")
+    title = title[:1].upper() + title[1:]
     console.print(f"{title} against {escape(result['table'][0]['name'])}, paired by seed; p (with Holm's correction):")
     _print_tests([(row["name"], row["versus_first"][key]) for row in result["table"][1:]], key)
     told = {key: title, "cutmix_both": "Both classes of half-and-half CutMix images"}
@@ -259,12 +263,14 @@ def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
     for name, test in tests:
         # A measure may not be defined for one of them, such as a correlation of constants.
         known = test["difference"] is not None and math.isfinite(test["difference"])
-        difference = f"{factor * test['difference']:+.2f}{unit}" if known else "n/a"
+        values = [factor * test[end] for end in ("difference", "low", "high") if known and test[end] is not None]
+        difference, *ends = _alike(values, 2, "+") if known else ["n/a"]
+        difference += unit if known else ""
         if test["p"] is None:
             lines.append((escape(name), difference, "the same in every seed, not tested" if known else "", ""))
             continue
-        interval = f"[{factor * test['low']:+.2f}, {factor * test['high']:+.2f}]"
-        lines.append((escape(name), difference, escape(interval), f"p = {test['p']:.3f} ({test['p_holm']:.3f})"))
+        p = f"p {_chance(test['p'])} ({_chance(test['p_holm']).removeprefix('= ')})"
+        lines.append((escape(name), difference, escape(f"[{', '.join(ends)}]"), p))
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, *values in lines:
         table.add_row(f"  {name}", *values)
@@ -281,14 +287,32 @@ def _printer() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=ANY_WIDTH)
 
 
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
 def _number(value: float | None, metric: str) -> str:
     if value is None or value != value:
         return "n/a"
-    return f"{100 * value:.2f}" if TITLES[metric].endswith("%") else f"{value:.3f}"
+    return f"{100 * value:.2f}" if TITLES[metric].endswith("%") else _alike([value], 3)[0]
 
 
 def _with_interval(value: dict[str, Any], metric: str) -> str:
     mean = value["mean"]
     if value["low"] is None:
         return _number(mean, metric)
-    return f"{_number(mean, metric)} ±{_number((value['high'] - value['low']) / 2, metric)}"
+    half = (value["high"] - value["low"]) / 2
+    if TITLES[metric].endswith("%"):
+        return f"{_number(mean, metric)} ±{_number(half, metric)}"
+    return " ±".join(_alike([mean, half], 3))
+
+
+def _alike(values: Sequence[float], places: int, sign: str = "") -> list[str]:
+    """Numbers that belong together, with `places` decimals, or as many more as show three digits of the largest; errors
+    of a target in thousandths would all be 0.000."""
+    largest = max(map(abs, values))
+    size = math.floor(math.log10(largest)) if largest and math.isfinite(largest) else 0
+    if not -5 < size < 9:
+        return [f"{value:{sign}.2e}" for value in values]
+    texts = [f"{value:{sign}.{max(places, 2 - size)}f}" for value in values]
+    return [text if float(text) else text.replace("-", "+" if sign else "") for text in texts]

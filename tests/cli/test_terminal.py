@@ -37,6 +37,7 @@ def comparison(seeds: int = 3, costs: tuple[float | None, ...] = (None, 1.0, 1.2
     return {
         "metrics": ["top1", "cutmix_both"],
         "lower_is_better": [],
+        "cautions": [],
         "table": table,
         "seeds": list(range(seeds)),
         "cost_against": next((name for name, cost in zip(NAMES, costs, strict=True) if cost), None),
@@ -76,6 +77,12 @@ def test_a_pipe_is_as_wide_as_its_lines(screen, capsys) -> None:
     assert all(number in line for number in NUMBERS)
 
 
+def test_what_makes_a_comparison_doubtful_stands_below_it(screen) -> None:
+    written = screen(60)
+    terminal.print_comparison({**comparison(), "cautions": ["The recipes differ in [data.name]."]})
+    assert "The recipes differ in [data.name]." in written.getvalue().splitlines()
+
+
 def test_a_recipe_without_training_steps_has_no_cost(screen) -> None:
     written = screen(120)
     terminal.print_comparison(comparison(seeds=1))
@@ -108,3 +115,35 @@ def test_a_summary_leaves_out_what_the_number_of_classes_decides(screen) -> None
     assert written.getvalue().splitlines()[0] == "two, seed 0, 40 test images"
     assert "50.00" in written.getvalue()
     assert "100" not in written.getvalue()
+
+
+def test_numbers_of_any_size_keep_their_digits(screen) -> None:
+    result = comparison()
+    for row, size in zip(result["table"], (1.2345e-3, 1.2345e-8, 12345.678), strict=True):
+        row["metrics"] = {"mae": {"mean": size, "low": size * 0.9, "high": size * 1.1}}
+        test = {"difference": -size / 10, "low": -size / 5, "high": size / 1e6, "p": 2e-5, "p_holm": 0.002}
+        row["versus_first"] = {"mae": test}
+    result |= {"metrics": ["mae"], "lower_is_better": ["mae"], "twins": []}
+    written = screen(120)
+    terminal.print_comparison(result)
+    shown = " ".join(written.getvalue().split())
+    assert all(cell in shown for cell in ("0.00123 ±0.00012", "1.23e-08 ±1.23e-09", "12345.678 ±1234.568"))
+    assert "-1.23e-09 [-2.47e-09, +1.23e-14] p < 0.001 (0.002)" in shown
+    assert "-1234.57 [-2469.14, +0.01]" in shown
+    result["table"][1]["versus_first"]["mae"] |= {"difference": -1e-9, "low": -0.02, "p_holm": 4e-5}
+    written = screen(120)
+    terminal.print_comparison(result)
+    assert "+0.0000 [-0.0200, +0.0000] p < 0.001 (< 0.001)" in " ".join(written.getvalue().split())
+
+
+@pytest.mark.parametrize(("metric", "title"), [("alignment", "Alignment"), ("ece", "ECE"), ("recall_5", "R@5")])
+def test_any_measure_may_be_the_first(screen, metric, title) -> None:
+    result = comparison()
+    for row in result["table"]:
+        row["metrics"] = {metric: row["metrics"]["top1"]}
+        row["versus_first"] = {metric: row["versus_first"]["top1"]}
+    result |= {"metrics": [metric], "twins": []}
+    written = screen(120)
+    terminal.print_comparison(result)
+    assert f"{title} against fashion-mixup, paired by seed" in written.getvalue()
+    assert written.getvalue().count("±") == 3

@@ -134,6 +134,22 @@ def test_holm_turns_a_narrow_win_among_many_into_undecided(tmp_path: Path) -> No
     assert "after Holm's correction" in lead
 
 
+def test_a_best_that_is_undecided_by_holm_is_not_shown_as_clear(tmp_path: Path) -> None:
+    above = [v + d for v, d in zip(BASE, [0.001, 0.004, 0.002, 0.005, 0.0005], strict=True)]
+    below = [v - d for v, d in zip(BASE, [0.005, -0.0002, 0.004, 0.001, 0.002], strict=True)]
+    comparison = build(tmp_path, {"A": BASE, "B": above, "C": below})
+    assert told(comparison)[0].startswith("Undecided: B has the highest mean")
+    assert comparison.best["top1"] is not None
+    assert (comparison.best["top1"].place, comparison.best["top1"].clear) == (1, False)
+
+
+def test_what_makes_a_comparison_doubtful_is_told_at_its_opening(tmp_path: Path) -> None:
+    build(tmp_path, {"A": BASE, "B": shifted(0.02)})
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    (tmp_path / "comparison.json").write_text(json.dumps(stored | {"cautions": ["Other <data>."]}))
+    assert told(read_comparison(tmp_path))[-1] == "Other <data>."
+
+
 @pytest.mark.parametrize(
     ("versus", "lower", "verdict"),
     [

@@ -118,6 +118,8 @@ class Comparison:
     best: dict[str, Best | None]
     twins: list[Twin]
     notes: list[str] = field(default_factory=list)
+    #: what the recipes differ in that makes a comparison doubtful
+    cautions: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -176,6 +178,7 @@ def read_comparison(folder: Path) -> Comparison:
         best={key: None if metric(key).neutral else _best(methods, key, key in lower) for key in metrics},
         twins=_twins(_objects(stored.get("twins")), metrics),
         notes=notes,
+        cautions=[str(caution) for caution in _items(stored.get("cautions"))],
     )
 
 
@@ -208,6 +211,9 @@ def _best(methods: list[Method], key: str, lower: bool) -> Best | None:
             test = paired(methods[best[1]], method, key)
             clear &= test is not None and test.low is not None and test.high is not None
             clear = clear and test is not None and not (test.low or 0.0) <= 0.0 <= (test.high or 0.0)
+    # What is said of the first method goes by Holm's p; a best that is clear must not be called undecided beside it.
+    told = [methods[best[1]]] if best[1] else methods[1:]
+    clear &= all(m.versus[key].verdict(lower) == ("better" if best[1] else "worse") for m in told)
     return Best(best[1], clear)
 
 

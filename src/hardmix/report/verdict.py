@@ -10,6 +10,7 @@ from hardmix.report.comparison import Comparison, Method, paired
 from hardmix.report.folder import RunFolder
 from hardmix.report.plots import pooled
 from hardmix.report.text import (
+    MAX_TEXT,
     count,
     dig,
     is_pairs,
@@ -143,7 +144,12 @@ def _unfinished(run: RunFolder, title: str) -> Markup:
 
 
 def comparison_verdict(comparison: Comparison) -> list[Markup]:
-    """What won on the first metric, by how much, and what is undecided; the leading sentence first."""
+    """What won on the first metric, by how much, and what is undecided, the leading sentence first; what makes that
+    doubtful last."""
+    return _outcome(comparison) + [Markup("{}").format(visible(caution, MAX_TEXT)) for caution in comparison.cautions]
+
+
+def _outcome(comparison: Comparison) -> list[Markup]:
     if not comparison.methods or not comparison.metrics:
         return [Markup("There is nothing to compare: comparison.json holds no runs.")]
     key = comparison.metrics[0]

@@ -31,6 +31,9 @@ from hardmix.train.tasks import TASKS
 #: told about runs: (run number, what the loop reports; {"done": True} at the end)
 Watch = Callable[[int, dict[str, Any]], None]
 
+#: keys of a recipe's data that change what is trained on, not what is tested
+OF_TRAINING = frozenset(("augment", "workers", "on_error", "train_samples", "validation", "captions", "image_size"))
+
 GO_ON = "stopped; finished runs are kept, the same command goes on with the others."
 
 
@@ -56,6 +59,39 @@ def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
     if len({frozenset(recipe.eval.parts) for recipe in recipes}) > 1:
         raise RecipeError("recipes measure other things (eval.parts); give all of them the same.")
     return [Job(r.with_seed(seed), out / r.name / f"seed-{seed}") for seed in seeds for r in recipes]
+
+
+def _taken(out: Path) -> str | None:
+    """Why a comparison can't be written into a folder: its files would take the place of others."""
+    if out.exists() and not out.is_dir():
+        return f"{out} is a file; choose another --out."
+    if (out / "recipe.toml").is_file():
+        return f"{out} holds a run, whose report the comparison's would overwrite; choose another --out."
+    names = ("comparison.json", "comparison.csv", "report.html")
+    there = [name for name in names if (out / name).exists()]
+    if there and names[0] not in there:
+        return f"{out} holds a {there[0]} that is not of a comparison; choose another --out."
+    return None
+
+
+def cautions(recipes: list[Recipe]) -> list[str]:
+    """What recipes differ in that no method can make up for: the samples that test them, how much they train on."""
+    data = [recipe.data.model_dump(exclude=set(OF_TRAINING)) for recipe in recipes]
+    told = []
+    if other := [f"data.{key}" for key in data[0] if any(d[key] != data[0][key] for d in data)]:
+        told.append(
+            f"The recipes differ in {', '.join(other)}: they may be tested on other samples, and then neither their "
+            "differences nor p say which is better."
+        )
+    amounts: dict[str, list[float]] = {
+        "train.epochs": [recipe.train.epochs for recipe in recipes if recipe.train.epochs],
+        "data.train_samples": [recipe.data.train_samples for recipe in recipes],
+        "semi.per_class": [recipe.semi.per_class for recipe in recipes],
+        "semi.share": [recipe.semi.share for recipe in recipes],
+    }
+    if more := [f"{key} ({', '.join(map(str, dict.fromkeys(v)))})" for key, v in amounts.items() if len(set(v)) > 1]:
+        told.append(f"The recipes differ in {', '.join(more)}: some may be better for that alone.")
+    return told
 
 
 def default_workers(jobs: int) -> int:
@@ -85,8 +121,8 @@ def compare(
     from hardmix.report.page import write_comparison_report
     from hardmix.report.spreadsheet import write_csv
 
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file; choose another --out.")
+    if problem := _taken(out):
+        raise RunError(problem)
     jobs = plan_jobs(recipes, seeds, out)
     workers = workers or default_workers(len(jobs))
     watch = watch or _nobody
@@ -172,6 +208,7 @@ def summarise(
         "command": command,
         "metrics": list(metrics),
         "lower_is_better": list(TASKS[first.task].lower_is_better),
+        "cautions": cautions(recipes),
         "seeds": seeds,
         "runs": runs,
         "table": table,

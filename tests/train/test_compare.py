@@ -1,0 +1,39 @@
+"""Comparisons: what may be compared, and where they are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from hardmix.train.compare import cautions, compare
+from hardmix.train.errors import RunError
+from hardmix.train.recipe import load_recipe
+
+
+def test_recipes_that_are_tested_or_trained_on_other_samples_are_told() -> None:
+    same = [load_recipe("diabetes-l1"), load_recipe("diabetes-supremix", ["data.augment=[]", "data.validation=0.2"])]
+    assert cautions(same) == []
+    other = load_recipe("table-l1", ["data.path=a.csv", "data.target=y"])
+    (told,) = cautions([*same, other])
+    assert told.startswith("The recipes differ in data.name, data.path, data.target: they may be tested on other")
+    longer = load_recipe("diabetes-l1", ["train.epochs=200", "data.train_samples=50"])
+    assert cautions([*same, longer]) == [
+        "The recipes differ in train.epochs (100, 200), data.train_samples (0, 50): some may be better for that alone."
+    ]
+    names = ("emoji-zero-shot", "emoji-clip", "emoji-m2mix")  # the first makes no step
+    assert cautions([load_recipe(name) for name in names]) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("recipe.toml", "holds a run, whose report"),
+        ("report.html", "holds a report.html that is not of a comparison"),
+        ("comparison.csv", "holds a comparison.csv that is not of a comparison"),
+    ],
+)
+def test_a_comparison_takes_no_other_files_place(tmp_path, file, told) -> None:
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(RunError, match=told):
+        compare([load_recipe("demo-none")], [0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert (tmp_path / file).read_text() == "mine"
