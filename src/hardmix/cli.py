@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,7 +164,7 @@ def compare(
     One recipe alone gets its mean and interval, three or more are ranked by their mean.
     Finished runs in the output folder are kept, so the same command goes on where an interrupted one stopped.
     """
-    _compare(recipes, seeds, out or Path("runs") / ("compare-" + "-".join(map(_stem, recipes)))[:100], jobs, sets)
+    _compare(recipes, seeds, out or Path("runs") / _folder_of(recipes), jobs, sets)
 
 
 @app.command("eval", cls=Verb)
@@ -496,6 +497,12 @@ def _compare(names: list[str], seeds: int, out: Path, jobs: int, sets: list[str]
         )
     print_comparison(result)
     say_where("Report", out / "report.html")
+
+
+def _folder_of(recipes: list[str]) -> str:
+    """compare-A-B; of many recipes the beginning, and what tells it from others that begin alike."""
+    name = "compare-" + "-".join(map(_stem, recipes))
+    return name if len(name) <= 100 else f"{name[:91]}-{zlib.crc32(name.encode()):08x}"
 
 
 def _shortened(recipe: Any, sets: list[str] | None) -> tuple[str, ...]:

@@ -201,6 +201,17 @@ def test_compare_of_one_recipe_says_its_mean_and_interval_and_ranks_nothing(cli,
     assert (tmp_path / "one/report.html").is_file()
 
 
+def test_comparisons_that_begin_alike_have_folders_of_their_own(cli, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr("hardmix.cli._compare", lambda names, seeds, out, *rest: written.append(out.name))
+    many = [f"fashion-{name}" for name in ("none", "mixup", "mixup-dm", "cutmix", "cutmix-dm", "resizemix", "sumix")]
+    for names in (many[:2], [*many, "fashion-fmix"], [*many, "fashion-gridmix"]):
+        assert cli("compare", *names)[0] == 0
+    assert written[0] == "compare-fashion-none-fashion-mixup"
+    assert len(set(written)) == 3
+    assert max(map(len, written)) == 100
+
+
 @pytest.mark.parametrize("name", tables.POLICIES)
 def test_show_draws_every_policy(cli, tmp_path, name):
     code, out, err = cli("show", name, "--rows", "3")
