@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from hardmix.train.compare import compare
-from hardmix.train.errors import RecipeError
+from hardmix.train.errors import RecipeError, RunError
 from hardmix.train.evaluate import evaluate_run, load_run
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe, check_recipe, load_recipe, shipped
+from hardmix.train.tasks.number_data import NumberData
 from hardmix.train.tasks.regression import Regression
 
 from .conftest import fingerprint
@@ -162,6 +164,45 @@ def test_a_table_of_ones_own(tmp_path) -> None:
     summary = run_recipe(recipe, tmp_path / "run")
     assert summary["data"]["features"] == 3
     assert summary["data"]["target"] == "price"
+
+
+def test_missing_cells_are_filled_from_the_training_rows_alone(tmp_path) -> None:
+    split = ["train"] * 8 + ["test"] * 4
+    x = [1, 2, 3, "", 5, 6, 7, 8, 1000, 1000, 1000, ""]
+    path = tmp_path / "gaps.csv"
+    path.write_text("x,c,y,split\n" + "".join(f"{x[i]},{'' if i == 3 else 0.1},{i},{split[i]}\n" for i in range(12)))
+    sets = [f"data.path={path}", "data.target=y", "data.missing=mean", "data.validation=0"]
+    data = NumberData(load_recipe("table-l1", sets).data, 0)
+    assert data.numbers.inputs[[3, 11], 0].tolist() == [32 / 7] * 2
+    assert bool((data.numbers.inputs[:, 1] == 0.1).all())
+    path.write_text(path.read_text().replace(",train", ",t").replace(",test", ",train").replace(",t\n", ",test\n"))
+    path.write_text(re.sub(r"^1?\d*(?=,.*,train)", "", path.read_text(), flags=re.MULTILINE))
+    with pytest.raises(ValueError, match=r"has no value in 'x' among the 4 training rows; delete the column, or take"):
+        NumberData(load_recipe("table-l1", sets).data, 0)
+
+
+def test_samples_that_changed_are_neither_evaluated_nor_trained_on(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "houses.csv"
+    lines = ["rooms,size,price", *(f"{i % 7},{50 + i},{10 * (i % 7) + i}" for i in range(60))]
+    path.write_text("\n".join(lines))
+    short = ["train.epochs=2", "train.batch_size=8", "train.warmup_epochs=0"]
+    recipe = load_recipe("table-l1", [f"data.path={path}", "data.target=price", *short])
+    mae = run_recipe(recipe, tmp_path / "done")["test"]["mae"]
+    interrupted(recipe, tmp_path / "half", 3, monkeypatch)
+    assert evaluate_run(tmp_path / "done")["test"]["mae"] == mae
+    for changed, told in (
+        ([*lines, lines[1]], "samples and labels and splits"),
+        ([lines[0], *reversed(lines[1:])], "samples and labels"),
+        ([",".join(line.split(",")[i] for i in (1, 0, 2)) for line in lines], "features and samples"),
+        ([*lines[:5], lines[5] + "1", *lines[6:]], "labels"),
+    ):
+        path.write_text("\n".join(changed))
+        with pytest.raises(RunError, match=f"houses.csv gives other {told} than the run began with, and what was"):
+            evaluate_run(tmp_path / "done")
+        with pytest.raises(RunError, match=f"gives other {told} than"):
+            run_recipe(recipe, tmp_path / "half", resume=True)
+    path.write_text("\n".join(lines))
+    assert run_recipe(recipe, tmp_path / "half", resume=True)["test"]["mae"] == mae
 
 
 def test_a_table_to_pretrain_on_has_the_same_columns_in_the_same_order(tmp_path) -> None:

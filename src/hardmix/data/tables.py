@@ -23,7 +23,7 @@ from hardmix.data.own_splits import SPLIT_COLUMN, check_split, find_split, is_sp
 
 TABLES = ("diabetes", "table")
 #: what to do about missing cells
-MISSING = ("error", "mean", "drop")
+MISSING = ("error", "mean", "drop", "keep")
 
 #: cells that say that there is no value; NaN counts in any spelling, since `float` would take it for a number
 NO_VALUE = frozenset(("", "?", "na", "n/a", "#n/a", "#na", "<na>", "null", "none", "nan", "+nan", "-nan"))
@@ -83,7 +83,8 @@ def load_table(
         target: for "table": the column to predict.
         missing: "error" lists the columns with missing cells; "mean" fills numbers with the mean of the column over all
             rows, those of a later test split included, and gives words the value "missing"; "drop" leaves out the
-            rows. A missing target is an error either way.
+            rows; "keep" leaves NaN where a number is missing, for a mean over the training rows to go there, and treats
+            words like "mean". A missing target is an error either way.
 
     Raises:
         ValueError: unknown name or target (the nearest one is offered), a damaged file, rows of another length than
@@ -130,7 +131,8 @@ def load_table(
     columns: list[Tensor] = []
     for position, column in enumerate(sheet.names):
         if column != target and not is_split(column):
-            more, values = _feature(where, column, [sheet.rows[row][position] for row in keep], rows)
+            cells = [sheet.rows[row][position] for row in keep]
+            more, values = _feature(where, column, cells, rows, fill=missing != "keep")
             names += more
             columns += values
     if not columns:
@@ -346,7 +348,9 @@ def _complete(where: str, sheet: _Sheet, target: str, missing: str) -> list[int]
     return keep
 
 
-def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tuple[list[str], list[Tensor]]:
+def _feature(
+    where: str, column: str, cells: list[str], rows: list[int], *, fill: bool
+) -> tuple[list[str], list[Tensor]]:
     """Names and (N,) float64 values of the features that one column gives; `rows` are the numbers of its rows."""
     numbers = [None if _is_missing(cell) else _number(cell) for cell in cells]
     words = [i for i, (cell, number) in enumerate(zip(cells, numbers, strict=True)) if number is None]
@@ -382,7 +386,7 @@ def _feature(where: str, column: str, cells: list[str], rows: list[int]) -> tupl
             f"{where} has infinity or a number beyond float32 in {column!r}, {_rows(wrong)} "
             f"{_listed((str(rows[i]) for i in wrong), 5)}; repair or delete {'them' if len(wrong) > 1 else 'it'}."
         )
-    return [column], [exact.nan_to_num(nan=math.fsum(present) / len(present))]
+    return [column], [exact.nan_to_num(nan=math.fsum(present) / len(present)) if fill else exact]
 
 
 def _is_missing(cell: str) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +14,7 @@ from hardmix.data.imbalance import balanced_rows, imbalanced_rows, split_imbalan
 from hardmix.data.number_sets import Options, load_numbers
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
 from hardmix.data.tables import split_rows
+from hardmix.train.errors import RunError
 from hardmix.train.sections import DataSection
 from hardmix.train.seeds import derive, generator
 
@@ -39,6 +45,48 @@ class LabelScale(nn.Module):
         return values.double() * self.std + self.mean
 
 
+class Samples(nn.Module):
+    """Hashes of a set's samples and of their splits, which checkpoints keep; others are refused.
+
+    With a row more or less all splits are drawn anew, and what was trained on would be tested. Pixels and voxels are
+    not among it, since what resampling rounds differs from machine to machine; the names of their files are.
+    """
+
+    def __init__(self, numbers: Numbers, rows: Iterable[Tensor]) -> None:
+        super().__init__()
+        x = numbers.inputs
+        content: Any = x
+        if isinstance(x, Tensor):
+            content = tuple(x.shape) if numbers.kind in ("images", "volumes") else x.contiguous().numpy()
+        self.source = numbers.source
+        self.hashes = {
+            "features": _hash(numbers.feature_names),
+            "samples": _hash(len(x), tuple(numbers.ids), content),
+            "labels": _hash(numbers.labels.contiguous().numpy()),
+            "splits": _hash(*(part.numpy() for part in rows)),
+        }
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return dict(self.hashes)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        other = [name for name, own in self.hashes.items() if name in state_dict and not own.equal(state_dict[name])]
+        if other:
+            raise RunError(
+                f"{self.source} gives other {' and '.join(other)} than the run began with, and what was trained on may "
+                "be tested; restore the data, or train into another --out."
+            )
+
+
+def _hash(*parts: Any) -> Tensor:
+    """(16,) uint8 of arrays, numbers and texts; the length goes first, so that no two lists look alike."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
 class NumberData:
     """A set of numbers as one recipe sees it.
 
@@ -46,6 +94,7 @@ class NumberData:
         numbers: the set.
         rows: "train", "validation" and "test" -> (n,) long, ascending.
         scale: of the labels, fitted on the training rows.
+        samples: what a checkpoint says of them, see `Samples`.
     """
 
     def __init__(self, section: DataSection, seed: int) -> None:
@@ -54,7 +103,8 @@ class NumberData:
             domain=section.domain,
             samples=section.samples,
             size=section.image_size,
-            missing=section.missing,
+            # the mean is that of the training rows, which are not known yet
+            missing="keep" if section.missing == "mean" and section.name == "table" else section.missing,
             on_error=section.on_error,
             labels=section.labels,
             inputs=section.inputs,
@@ -66,6 +116,9 @@ class NumberData:
             chosen = torch.randperm(len(train), generator=generator(seed, "subset"))[: section.train_samples]
             train = train[chosen.sort().values]
         self.rows = {"train": train, "validation": validation, "test": test}
+        self.samples = Samples(self.numbers, self.rows.values())
+        if self.numbers.kind == "rows":
+            self.numbers = self.numbers._replace(inputs=_filled(self.numbers, train))
         labels = self.numbers.labels[train]
         if float(labels.min()) == float(labels.max()):
             raise ValueError(f"data: every training row has the {self.numbers.target} {float(labels[0]):g}; take more.")
@@ -78,6 +131,25 @@ class NumberData:
     def names(self, rows: Tensor) -> list[str]:
         """What error messages call these rows of the set."""
         return [self.numbers.sample_id(int(row)) for row in rows]
+
+
+def _filled(numbers: Numbers, train: Tensor) -> Tensor:
+    """(N, P) rows, where cells are missing with the mean of their column over the training rows."""
+    x = numbers.inputs
+    assert isinstance(x, Tensor)
+    gaps = x.isnan()
+    if not bool(gaps.any()):
+        return x
+    known = x[train]
+    empty = (known.isnan().all(0) & gaps.any(0)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"data: {numbers.source} has no value in {numbers.feature_names[empty[0]]!r} among the {len(train)} "
+            "training rows; delete the column, or take more rows."
+        )
+    # Between the values: the rounded mean of equal ones may differ from them, and the column would not be constant.
+    low, high = known.nan_to_num(nan=torch.inf).amin(0), known.nan_to_num(nan=-torch.inf).amax(0)
+    return torch.where(gaps, known.nanmean(0).clamp(low, high), x)
 
 
 def split(numbers: Numbers, section: DataSection, seed: int) -> tuple[Tensor, Tensor, Tensor]:

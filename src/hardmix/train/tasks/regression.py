@@ -158,7 +158,10 @@ class Regression:
 
     def modules(self) -> dict[str, nn.Module]:
         """What is tracked besides the model, by the name it has in a checkpoint."""
-        return {"labels": self.data.scale} | ({} if self.policy is None else {"policy": self.policy})
+        kept: dict[str, nn.Module] = {"labels": self.data.scale, "samples": self.data.samples}
+        if self.source is not self.data:
+            kept["pretraining"] = self.source.samples
+        return kept if self.policy is None else kept | {"policy": self.policy}
 
     def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs and standardised labels of these training rows of the present stage, on the CPU."""
