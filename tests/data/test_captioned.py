@@ -79,6 +79,12 @@ def test_lines_of_json_may_list_captions(tmp_path: Path) -> None:
     assert reds(got) == [0, 1, 2]
 
 
+def test_captions_that_differ_in_case_are_of_one_concept(tmp_path: Path) -> None:
+    got = read_captions(own(tmp_path, "file,caption\n0.png,A dog\n1.png,a  dog\n2.png,a cat\n"), "t.csv")
+    assert list(got.captions) == [("A dog",), ("a  dog",), ("a cat",)]  # as they were written
+    assert got.concept.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "m.jsonl"])
 def test_splits_are_read_where_they_are(tmp_path: Path, name: str) -> None:
     parts = ["train", "val", "TEST", "train"]
@@ -153,6 +159,7 @@ WRONG = [  # name, text, arguments, message
     ("t.csv", "\n", {}, "is empty; pass a table with a header row"),
     ("t.csv", "file,caption\n\udcff,x\n", {}, "is not UTF-8 text"),
     ("t.parquet", "PAR1", {}, "is a Parquet file, of which captions are not read; save it as CSV or JSON Lines"),
+    ("t.json", "[]", {}, r"is one piece of JSON; write one object a line, \{.*\}, and call the file \.jsonl"),
     ("t.csv", "file\n0.png\n", {}, r"has one column \('file'\) and needs file names and captions; separate them"),
     ("t.csv", "file,caption,caption\n0.png,a,b\n", {}, "has two columns called 'caption'"),
     ("t.csv", "file,,caption\n0.png,a,b\n", {}, "has no name for column 2"),
@@ -161,7 +168,12 @@ WRONG = [  # name, text, arguments, message
     ("t.csv", H + "0.png,a\n../x.png,b\n", {}, r"leads out of the folder in row 3 \('../x.png'\); write paths rel"),
     ("t.csv", H + "0.png,a\n/etc/x.png,b\n", {}, "leads out of the folder in row 3"),
     ("t.csv", H + "0.png,a,b\n", {}, "has 3 cells in row 2 but 2 in its header"),
-    ("t.csv", "file,words\n0.png,a\n", {}, "has none of 'caption', 'captions', 'text' but 'file', 'words'; pass"),
+    (
+        "t.csv",
+        "file,words\n0.png,a\n",
+        {},
+        r"but 'file', 'words'; pass .* caption_column \(on the command line --set data.target=NAME\)\.",
+    ),
     (
         "t.csv",
         "file,text,caption\n0.png,a,b\n",
@@ -177,7 +189,12 @@ WRONG = [  # name, text, arguments, message
     ("t.csv", H + "0.png,a\n", {"image_column": "fil"}, r"has no column 'fil'; pass one of 'file' \(did you mean"),
     ("t.csv", H + "0.png,a\n", {"image_column": "caption"}, "has no column 'caption'; pass one of 'file'"),
     ("t.csv", H + "x.png,a\n", {}, r"names no picture in '.*'; write paths relative to the folder"),
-    ("t.csv", "a,b,caption\n0.png,1.png,x\n", {}, "names pictures in 'a', 'b'; pass one of them as image_column"),
+    (
+        "t.csv",
+        "a,b,caption\n0.png,1.png,x\n",
+        {},
+        r"in 'a', 'b'; pass one of them as image_column \(on the command line --set data.inputs=NAME\)\.",
+    ),
     ("t.csv", "file,caption,split\n0.png,a,deb\n", {}, "has 'deb' in row 2 of its column 'split'"),
     ("t.csv", "file,caption,split\n0.png,a,train\n0.png,b,test\n", {}, "'0.png' in one split in row 2 and in another"),
     ("t.csv", H + "0.png,a\n", {}, "gives 1 pictures with captions; pass at least 2"),

@@ -123,3 +123,11 @@ def test_pictures_that_come_along_leave_the_others_where_they_are() -> None:
     more = draw_split(captions, validation=0.0)
     assert torch.equal(more == TEST, split == TEST)
     assert not torch.equal(split, draw_split(captions, seed=1))
+
+
+def test_case_and_spaces_make_no_other_text() -> None:
+    texts = [f"the {k} caf\u00e9" for k in range(50)]
+    spelled = [texts, [text.upper() for text in texts], [text.replace(" ", "  ") for text in texts]]
+    spelled.append([text.replace("\u00e9", "e\u0301") for text in texts])
+    split = draw_split([(text,) for of in spelled for text in of], test=0.4)
+    assert (split.view(4, 50) == split[:50]).all()

@@ -583,6 +583,35 @@ def test_a_split_of_ones_own_that_shares_texts_is_told(drawings, tmp_path) -> No
     assert len(task.data.concept[::8].unique()) == 1
 
 
+def test_texts_in_another_case_are_the_same_text(drawings, tmp_path) -> None:
+    """A tower that reads lower case can't tell them apart: each would be a wrong answer to the other's search."""
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption"])
+        rows.writerows([f"{number}.png", "a dog" if number % 2 else "A  Dog"] for number in range(4))
+        rows.writerows([f"{number}.png", thing] for number, thing in enumerate(THINGS) if number >= 4)
+    data = ImageText(pairs(tmp_path)).data
+    assert len(data.concept[:4].unique()) == 1
+    assert len(data.pairs.split[:4].unique()) == 1
+
+
+def test_validation_that_is_drawn_shares_no_text_with_training(drawings, tmp_path) -> None:
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "split"])
+        for number, thing in enumerate(THINGS):
+            split = "test" if number < 10 else "train"
+            rows.writerows([[f"{number}.png", text, split] for text in (thing, f"pair {split} {number // 2}")])
+    data = ImageText(pairs(tmp_path)).data
+    train, held = (data.seen_texts(data.rows[split]) for split in ("train", "validation"))
+    assert len(data.rows["validation"]) == 6
+    assert not train & held
+
+
 def test_a_run_needs_its_start_no_more_once_it_has_begun(drawings, tmp_path, monkeypatch) -> None:
     first = tmp_path / "first.toml"
     first.write_text(pairs(drawings, name="first").to_toml())

@@ -21,13 +21,15 @@ from hardmix.data.decode import OR_SKIP, _opened, read_picture, shown
 from hardmix.data.folder import LARGEST_DEFAULT, _try_all
 from hardmix.data.folder import SUFFIXES as PICTURE_SUFFIXES
 from hardmix.data.own_splits import is_split
-from hardmix.data.pairs import Pairs
+from hardmix.data.pairs import Pairs, same_text
 from hardmix.data.picture_folder import drawn, folder_and_table, inside, read_all, squared
 from hardmix.data.tables import _check_names, _listed, _Sheet, _text, split_column
 from hardmix.data.texts import JSON_LINES, _utf8
 
 #: what a column or key of captions is called where nobody says it
 CAPTION_NAMES = ("caption", "captions", "text")
+#: what a message calls the column of file names
+AS_COLUMN = "image_column (on the command line --set data.inputs=NAME)"
 #: of a shard: suffixes of pictures, and the largest picture and text that are read
 SHARD_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 64 << 20, 1 << 20
@@ -49,7 +51,7 @@ def read_captions(
     """Pictures in a folder, each with one or more captions from a table.
 
     A picture in several rows has several captions, in the order of the rows; the same one twice counts once. Pictures
-    with the same captions are one concept. Files of the folder that no row names are left alone. A column or key called
+    with the same captions, whatever their case and white space, are one concept. Files of the folder that no row names are left alone. A column or key called
     "split", where there is one, says train, validation (or val, valid) or test in every row. Others aren't looked at.
 
     Args:
@@ -235,7 +237,8 @@ def _pairs(
     if len(captions) < 2:
         raise ValueError(f"{who}: {shown(source)} gives {len(captions)} pictures with captions; pass at least 2.")
     number: dict[tuple[str, ...], int] = {}
-    concept = torch.tensor([number.setdefault(texts, len(number)) for texts in captions])
+    keys = (tuple(map(same_text, texts)) for texts in captions)
+    concept = torch.tensor([number.setdefault(key, len(number)) for key in keys])
     return Pairs(pixels, captions, concept, name, "yours", str(source), ids, split)
 
 
@@ -243,6 +246,11 @@ def _cells(where: str, file: Path, caption_column: str) -> tuple[_Sheet, list[tu
     """A table, and the caption of each row."""
     if file.suffix.lower() in (".parquet", ".pq"):
         raise ValueError(f"{where} is a Parquet file, of which captions are not read; save it as CSV or JSON Lines.")
+    if file.suffix.lower() == ".json":  # an array, or annotations as of COCO
+        raise ValueError(
+            f'{where} is one piece of JSON; write one object a line, {{"file": "1.png", "caption": "a cat"}}, and call '
+            "the file .jsonl."
+        )
     sheet = _text(where, file)
     if len(sheet.names) < 2:
         raise ValueError(
@@ -316,7 +324,10 @@ def _caption_name(where: str, names: Iterable[str]) -> str:
     problem = f"has both {' and '.join(map(repr, found))}"
     if not found:
         problem = f"has none of {', '.join(map(repr, CAPTION_NAMES))} but {_listed(map(repr, every), 20) or 'nothing'}"
-    raise ValueError(f"{where} {problem}; pass the one that holds the captions as caption_column.")
+    raise ValueError(
+        f"{where} {problem}; pass the one that holds the captions as caption_column (on the command line --set "
+        "data.target=NAME)."
+    )
 
 
 def _image_column(where: str, folder: Path, sheet: _Sheet) -> str:
@@ -330,11 +341,11 @@ def _image_column(where: str, folder: Path, sheet: _Sheet) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        problem = f"names pictures in {_listed(map(repr, found), 20)}; pass one of them as image_column."
+        problem = f"names pictures in {_listed(map(repr, found), 20)}; pass one of them as {AS_COLUMN}."
     else:
         problem = (
-            f"names no picture in {shown(folder)}; write paths relative to the folder with their suffix, or pass "
-            "image_column."
+            f"names no picture in {shown(folder)}; write paths relative to the folder with their suffix, or pass their "
+            f"column as {AS_COLUMN}."
         )
     raise ValueError(f"{where} {problem}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 class Pairs(NamedTuple):
     """N pictures, in memory, each with one or more texts.
 
-    Rows with the same `concept` have the same texts: a picture of one in another style, or another picture with the
+    Rows with the same `concept` have the same texts (see `same_text`): a picture of one in another style, or another picture with the
     same caption. Their texts are right for each of them. Splits of ours keep a concept together; a table of the user's
     may not.
 
@@ -104,8 +105,8 @@ def draw_split(
     """(N,) uint8 splits by the texts: a share `test` of the groups, more or less, for testing, `validation` of them for
     validation.
 
-    Pictures that have a text in common, directly or by way of others, are one group and go into one split together, so
-    a text that was trained on never comes up in a test. Where a group goes is a hash of its first text by the alphabet
+    Pictures that have a text in common (see `same_text`), directly or by way of others, are one group and go into one
+    split together, so a text that was trained on never comes up in a test. Where a group goes is a hash of its first text by the alphabet
     and the seed alone: pictures that come along later leave the others where they are, unless they join two groups or
     bring a text that comes first.
 
@@ -137,10 +138,21 @@ def draw_split(
                 "belongs."
             )
     of_group = dict(zip(groups, parts, strict=True))
-    return torch.tensor([of_group[root] for root in _roots(captions)], dtype=torch.uint8)
+    return torch.tensor([of_group[root] for root in text_groups(captions)], dtype=torch.uint8)
 
 
-def _roots(captions: Sequence[Sequence[str]]) -> list[int]:
+def same_text(text: str) -> str:
+    """What texts have in common that say the same: case, white space and how Unicode composes letters don't count.
+
+    Text towers see no such difference, most of them, so neither a split nor a search may count on it.
+
+    >>> same_text("A  red Circle") == same_text("a red circle ")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def text_groups(captions: Sequence[Sequence[str]]) -> list[int]:
     """Of each picture, the first one of the group that common texts put it into."""
     parent = list(range(len(captions)))
 
@@ -153,7 +165,7 @@ def _roots(captions: Sequence[Sequence[str]]) -> list[int]:
     holder: dict[str, int] = {}
     for row, texts in enumerate(captions):
         for text in texts:
-            one, other = sorted((root(row), root(holder.setdefault(text, row))))
+            one, other = sorted((root(row), root(holder.setdefault(same_text(text), row))))
             parent[other] = one
     return [root(row) for row in range(len(captions))]
 
@@ -161,7 +173,7 @@ def _roots(captions: Sequence[Sequence[str]]) -> list[int]:
 def _groups(who: str, captions: Sequence[Sequence[str]]) -> dict[int, str]:
     """The first picture of each group -> the group's first text by the alphabet."""
     first: dict[int, str] = {}
-    for row, (root, texts) in enumerate(zip(_roots(captions), captions, strict=True)):
+    for row, (root, texts) in enumerate(zip(text_groups(captions), captions, strict=True)):
         if not texts:
             raise ValueError(f"{who}: picture {row} has no text; leave it out.")
         first[root] = min(first.get(root, texts[0]), *texts)

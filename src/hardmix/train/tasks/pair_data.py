@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hardmix.data.numbers import TRAIN, VALIDATION
 from hardmix.data.pair_sets import PairOptions, load_pairs
-from hardmix.data.pairs import SPLIT_NAMES, Pairs, draw_split
+from hardmix.data.pairs import SPLIT_NAMES, Pairs, draw_split, same_text, text_groups
 from hardmix.train.sections import DataSection
 from hardmix.train.seeds import generator
 
@@ -42,7 +42,7 @@ class PairData:
         self.pairs: Pairs = pairs._replace(split=_splits(pairs, section))
         holder: dict[str, int] = {}
         firsts = zip(pairs.captions, pairs.concept.tolist(), strict=True)
-        self.concept = torch.tensor([holder.setdefault(texts[0], number) for texts, number in firsts])
+        self.concept = torch.tensor([holder.setdefault(same_text(texts[0]), number) for texts, number in firsts])
         self.shifted = self._shifted()
         self.rows = {split: self._rows(split, self.trained) for split in SPLIT_NAMES}
         if section.train_samples:
@@ -64,8 +64,8 @@ class PairData:
             )
 
     def seen_texts(self, rows: Tensor) -> set[str]:
-        """All texts of these rows."""
-        return {text for row in rows.tolist() for text in self.pairs.captions[row]}
+        """All texts of these rows, as `same_text` has them."""
+        return {same_text(text) for row in rows.tolist() for text in self.pairs.captions[row]}
 
     def _shifted(self) -> tuple[str, ...]:
         """The other styles, those without pictures to test on left out."""
@@ -110,11 +110,13 @@ def _splits(pairs: Pairs, section: DataSection) -> Tensor:
         return draw_split(pairs.captions, test=section.test, validation=section.validation)
     split = pairs.split.clone()
     if not bool((split == VALIDATION).any()) and section.validation:
-        train = split == TRAIN
-        concepts = pairs.concept[train].unique()
-        order = torch.randperm(len(concepts), generator=generator(0, "validation"))
-        held = concepts[order[: round(section.validation * len(concepts))]]
-        split[train & torch.isin(pairs.concept, held)] = VALIDATION
+        train = (split == TRAIN).nonzero()[:, 0]
+        first = torch.tensor(text_groups([pairs.captions[row] for row in train.tolist()]), dtype=torch.long)
+        of_row = pairs.concept[train[first]]  # pictures with a text in common go together
+        groups = of_row.unique()
+        order = torch.randperm(len(groups), generator=generator(0, "validation"))
+        held = groups[order[: round(section.validation * len(groups))]]
+        split[train[torch.isin(of_row, held)]] = VALIDATION
     return split
 
 
