@@ -51,8 +51,9 @@ def read_captions(
     """Pictures in a folder, each with one or more captions from a table.
 
     A picture in several rows has several captions, in the order of the rows; the same one twice counts once. Pictures
-    with the same captions, whatever their case and white space, are one concept. Files of the folder that no row names are left alone. A column or key called
-    "split", where there is one, says train, validation (or val, valid) or test in every row. Others aren't looked at.
+    with the same captions, whatever their case and white space, are one concept. Files of the folder that no row names
+    are left alone. A column or key called "split", where there is one, says train, validation (or val, valid) or test
+    in every row. Others aren't looked at.
 
     Args:
         folder: what the file names in the table are relative to; sub-folders are fine.

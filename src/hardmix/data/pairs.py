@@ -20,9 +20,9 @@ SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 class Pairs(NamedTuple):
     """N pictures, in memory, each with one or more texts.
 
-    Rows with the same `concept` have the same texts (see `same_text`): a picture of one in another style, or another picture with the
-    same caption. Their texts are right for each of them. Splits of ours keep a concept together; a table of the user's
-    may not.
+    Rows with the same `concept` have the same texts (see `same_text`): a picture of one in another style, or another
+    picture with the same caption. Their texts are right for each of them. Splits of ours keep a concept together; a
+    table of the user's may not.
 
     Attributes:
         images: (N, C, H, W) uint8.
@@ -106,9 +106,9 @@ def draw_split(
     validation.
 
     Pictures that have a text in common (see `same_text`), directly or by way of others, are one group and go into one
-    split together, so a text that was trained on never comes up in a test. Where a group goes is a hash of its first text by the alphabet
-    and the seed alone: pictures that come along later leave the others where they are, unless they join two groups or
-    bring a text that comes first.
+    split together, so a text that was trained on never comes up in a test. Where a group goes is a hash of its first
+    text by the alphabet and the seed alone: pictures that come along later leave the others where they are, unless they
+    join two groups or bring a text that comes first.
 
     Args:
         captions: the texts of N pictures, one or more each.
