@@ -408,6 +408,14 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, header: str, changed
     )
 
 
+def test_a_link_is_the_picture_that_it_leads_to(tmp_path: Path) -> None:
+    root = own(tmp_path / "pictures", header="file,price", row="{k:02d}.png,{k}")
+    (root / "again.png").symlink_to("03.png")
+    table(root, (root / "t.csv").read_text() + "again.png,7")
+    with pytest.raises(ValueError, match=r"has the file 'again.png' in row 5 and in row 14; keep one of them"):
+        read_own(root)
+
+
 def test_a_parquet_table_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = own(tmp_path / "p")
     (root / "t.csv").rename(root / "t.PARQUET")

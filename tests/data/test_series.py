@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardmix.data import series
+from hardmix.data.number_sets import Options, load_numbers
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
 from hardmix.data.series import (
     find_covid3month,
@@ -425,6 +426,8 @@ def test_own_splits_and_fewer_samples(tmp_path: Path) -> None:
     assert got.split is not None
     assert got.split.dtype == torch.uint8
     assert got.split.tolist() == split.tolist()
+    assert read_series_npz(save(tmp_path, x=X, y=Y, SPLIT=split)).split.equal(got.split)
+    path = save(tmp_path, x=X, y=Y, split=split)
     some = read_series_npz(path, samples=10)
     assert sum(sizes(some)) == 10
     rows = [int(name.split()[1]) for name in some.ids]
@@ -432,6 +435,21 @@ def test_own_splits_and_fewer_samples(tmp_path: Path) -> None:
     assert torch.equal(some.inputs, got.inputs[rows])
     assert some.split is not None
     assert some.split.tolist() == split[rows].tolist()
+
+
+def test_what_an_npz_does_not_take_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, x=X, y=Y)
+    for name, options, message in (
+        ("series", Options(missing="mean"), "missing is 'mean', which an .npz file of series does not take; leave it"),
+        (
+            "volumes",
+            Options(labels="ages.csv"),
+            "labels is 'ages.csv', which an .npz file, which holds them itself, do",
+        ),
+        ("volumes", Options(inputs="scan"), "inputs is 'scan', which an .npz file, whose volumes are called x, does"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_numbers(name, path, options)
 
 
 @settings(deadline=None, max_examples=60)

@@ -619,6 +619,21 @@ def test_rows_that_lead_astray_are_named(tmp_path: Path, at: int, text: str, mes
     assert str(raised.value).startswith(f"read_volume_table: {str(folder / 't.csv')!r} ")
 
 
+def test_two_tables_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    rows = twelve(tmp_path / "scans")
+    write_table(tmp_path / "scans", rows, "file,age")
+    monkeypatch.chdir(tmp_path)
+    assert read_volume_table("scans", "t.csv", target="age").source == "scans/t.csv"
+    write_table(tmp_path, rows[::-1], "file,age")
+    with pytest.raises(ValueError, match=r"table is 't.csv', which is there and in 'scans', too; pass the whole path"):
+        read_volume_table("scans", "t.csv", target="age")
+    for file in (tmp_path / "t.csv", Path("scans/t.csv")):
+        assert read_volume_table("scans", file, target="age").source == str(file)
+    monkeypatch.chdir(tmp_path / "scans")
+    assert len(read_volume_table(".", "t.csv", target="age").labels) == 12
+
+
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     rows = twelve(tmp_path)
     cases: list[tuple[list[str], str, dict[str, Any], str]] = [
@@ -772,6 +787,11 @@ def test_one_npz_says_its_splits(tmp_path: Path) -> None:
     got = read_volume_npz(path)
     assert got.split is not None
     assert got.split.tolist() == parts
+    np.savez(path, x=x, y=y, Split=parts)
+    assert read_volume_npz(path).split.equal(got.split)
+    np.savez(path, x=x, y=y, Split=parts, split=parts)
+    with pytest.raises(ValueError, match="has 'Split' and 'split', which both say the split; rename one of them"):
+        read_volume_npz(path)
     np.savez(path, x=x, y=y, split=["train"] * 12)
     with pytest.raises(ValueError, match=r"has a 'split' of shape \(12,\) with other values than 0 \(training\)"):
         read_volume_npz(path)

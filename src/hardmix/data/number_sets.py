@@ -105,6 +105,7 @@ def _own_series(path: Path | None, o: Options) -> Numbers:
         if o.inputs:
             raise ValueError(f"load_numbers: inputs is {o.inputs!r}, but .ts files have no names; leave it out.")
         return series.read_ts(file, target=o.target, samples=o.samples, missing=o.missing)
+    _refuse(o, "missing", "an .npz file of series")
     return series.read_series_npz(file, inputs=o.inputs or "x", target=o.target or "y", samples=o.samples)
 
 
@@ -123,12 +124,20 @@ def _own_pictures(path: Path | None, o: Options) -> Numbers:
 def _own_volumes(path: Path | None, o: Options) -> Numbers:
     file = _there(path)
     if file.suffix == ".npz":
+        _refuse(o, "labels", "an .npz file, which holds them itself,")
+        _refuse(o, "inputs", "an .npz file, whose volumes are called x,")
         return read_volume_npz(file, target=o.target or "y", size=o.size)
     return read_volume_table(file, _table_of(o), target=o.target, file_column=o.inputs, size=o.size)
 
 
 def _own_texts(path: Path | None, o: Options) -> Numbers:
     return texts.read_texts(_there(path), target=o.target, text=o.inputs or "text", pair=o.pair)
+
+
+def _refuse(o: Options, key: str, who: str) -> None:
+    """What another kind of file would take."""
+    if (given := getattr(o, key)) != getattr(Options(), key):
+        raise ValueError(f"load_numbers: {key} is {given!r}, which {who} does not take; leave it out.")
 
 
 def _table_of(o: Options) -> str:

@@ -207,6 +207,11 @@ def folder_and_table(who: str, folder: Path, table: Path, kinds: str = "CSV, TSV
         kind = "a file" if folder.exists() else "not there"
         raise FileNotFoundError(f"{who}: folder is {shown(folder)}, which is {kind}; pass the folder of the files.")
     found = next((path for path in (table, folder / table) if path.is_file()), None)
+    if found == table and (folder / table).is_file() and not table.samefile(folder / table):
+        raise ValueError(
+            f"{who}: table is {shown(table)}, which is there and in {shown(folder)}, too; pass the whole path of the "
+            "one that is meant."
+        )
     if found is None:
         kind = "a folder" if table.is_dir() else f"neither there nor in {shown(folder)}"
         raise FileNotFoundError(f"{who}: table is {shown(table)}, which is {kind}; pass a {kinds} file.")
@@ -231,11 +236,19 @@ def _files(where: str, folder: Path, sheet: _Sheet, target: str, file_column: st
             raise ValueError(
                 f"{where} leads out of the folder in row {number} ({name!r:.60}); write paths relative to the folder."
             )
-        first = seen.setdefault(os.path.normcase(path), number)
+        first = seen.setdefault(_real(path), number)
         if first != number:
             raise ValueError(f"{where} has the file {name!r:.60} in row {first} and in row {number}; keep one of them.")
         paths.append(path)
     return names, paths
+
+
+def _real(path: Path) -> str:
+    """Where links lead to: a picture with two names would be in two splits."""
+    try:
+        return os.path.normcase(os.path.realpath(path))
+    except ValueError:  # NUL; that there is no such file is told later
+        return str(path)
 
 
 def _file_column(where: str, folder: Path, sheet: _Sheet, target: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
-from hardmix.data.own_splits import SPLIT_COLUMN, split_of_array
+from hardmix.data.own_splits import find_split, is_split, split_of_array
 from hardmix.data.tables import MIN_ROWS
 
 #: seed of the draw of fewer samples than a set has
@@ -209,8 +209,8 @@ def read_ts(path: Path, *, target: str = "", samples: int = 0, missing: str = "e
 def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples: int = 0) -> Numbers:
     """The user's own series, from an .npz file as `numpy.savez` writes it; nothing in it is unpickled.
 
-    An array called "split", if there is one, says with 0, 1 and 2 which samples are for training, validation and
-    testing.
+    An array called "split", in any case, if there is one, says with 0, 1 and 2 which samples are for training,
+    validation and testing.
 
     Args:
         path: the file.
@@ -240,9 +240,8 @@ def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples
         raise ValueError(f"{where} has {len(x)} series; pass at least {MIN_ROWS}.")
     series = _float32(where, "row", torch.from_numpy(x.astype(np.float64)), range(len(x)))
     labels = _finite(where, "row", torch.from_numpy(y.astype(np.float64)), range(len(x)))
-    split = None
-    if SPLIT_COLUMN in arrays:
-        split = split_of_array(where, arrays[SPLIT_COLUMN], len(x), "series")
+    given = find_split(where, (name for name in arrays if name not in (inputs, target)))
+    split = None if given is None else split_of_array(where, arrays[given], len(x), "series")
     kept = _subset(who, path, torch.zeros(len(x), dtype=torch.uint8) if split is None else split, samples)
     ids = [f"row {row}" for row in kept.tolist()]
     chosen = _varied(where, target, labels[kept])
@@ -489,14 +488,14 @@ def _filled(where: str, values: Tensor, train: int) -> Tensor:
 
 
 def _arrays(where: str, path: Path, inputs: str, target: str) -> dict[str, np.ndarray]:
-    """The arrays `inputs`, `target` and, if it is there, "split"; real numbers all."""
+    """The arrays `inputs`, `target` and, if they are there, those that may say the split; real numbers all."""
     advice = "save it with numpy.savez(path, x=series, y=labels)"
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{where} is no .npz file; {advice}.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays.files)
-            got = {name: np.asarray(arrays[name]) for name in (inputs, target, SPLIT_COLUMN) if name in names}
+            got = {name: np.asarray(arrays[name]) for name in names if name in (inputs, target) or is_split(name)}
     except Exception as error:  # a damaged archive may raise anything
         if "allow_pickle" in str(error):
             raise ValueError(

@@ -23,7 +23,7 @@ from hardmix import _check
 from hardmix._files import from_home
 from hardmix.data.decode import in_threads, reason, shown
 from hardmix.data.numbers import Numbers
-from hardmix.data.own_splits import SPLIT_COLUMN, check_split, is_split, split_of_array
+from hardmix.data.own_splits import check_split, find_split, is_split, split_of_array
 from hardmix.data.picture_folder import checked, folder_and_table
 from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text, split_column
 
@@ -105,7 +105,7 @@ def read_volume_table(
 def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: int = 0) -> Numbers:
     """One .npz file with the array x, (N, D, H, W) or (N, C, D, H, W), and the numbers (N,) in the array `target`.
 
-    An array "split" (N,) of 0, 1 and 2 says which volumes are for training, validation and testing.
+    An array "split" (N,), in any case, of 0, 1 and 2 says which volumes are for training, validation and testing.
 
     Args:
         path: the file, as `numpy.savez` or `numpy.savez_compressed` writes it.
@@ -125,7 +125,7 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     if not file.is_file():
         raise FileNotFoundError(f"{who}: path is {shown(file)}, which is no file; pass an .npz file.")
     where = f"{who}: {shown(file)}"
-    arrays = _open_npz(where, file, ("x", target, SPLIT_COLUMN), most=MOST)
+    arrays = _open_npz(where, file, ("x", target), most=MOST)
     missing = [name for name in ("x", target) if name not in arrays]
     if missing:
         held = _listed(map(repr, arrays), 20) or "nothing"
@@ -140,8 +140,8 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
         )
     if len(x) < MIN_ROWS:
         raise ValueError(f"{where} has {len(x)} volumes; pass at least {MIN_ROWS}.")
-    given = None if target == SPLIT_COLUMN else arrays.get(SPLIT_COLUMN)
-    split = None if given is None else split_of_array(where, given, len(x), "volumes")
+    given = find_split(where, (name for name in arrays if name != target))
+    split = None if given is None else split_of_array(where, arrays[given], len(x), "volumes")
     labels = torch.from_numpy(y.astype(np.float64))
     for name, values in (("x", x), (target, labels)):
         if values.is_floating_point():
@@ -350,7 +350,7 @@ def _open_npz(where: str, path: Path, wanted: Sequence[str], *, most: int) -> di
         # opened here, since numpy leaves a file open that it can't read
         with HEADERS, path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             names = list(file.files)
-            read = [name for name in names if name in wanted or len(names) == 1]
+            read = [name for name in names if name in wanted or is_split(name) or len(names) == 1]
             # A zip says how long each array is once unpacked, and no more than that is unpacked; 8 bytes for a float64.
             large = any(
                 entry.file_size > 8 * most and entry.filename.removesuffix(".npy") in read
