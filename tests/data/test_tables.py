@@ -138,6 +138,10 @@ def test_parquet_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytes
     got = load_table("table", path, target="y", missing="drop")
     assert got.feature_names == ("size", "big=False", "big=True")
     assert got.features[:2].tolist() == [[pytest.approx(0.1), 0, 1], [0, 0, 1]]
+    columns["__index_level_0__"] = columns.pop("big")
+    stored.column_names = list(columns)
+    with pytest.raises(ValueError, match="has no name for column 3; name it in the header, or delete it"):
+        load_table("table", path, target="y")
     monkeypatch.setattr(parquet, "ParquetFile", lambda _: (tmp_path / "gone").read_bytes())
     with pytest.raises(ValueError, match=r"t.parquet' is damaged \(FileNotFoundError\); fetch it again\."):
         load_table("table", path, target="y")
@@ -221,11 +225,16 @@ def test_large_labels_and_features_that_are_close_stay_apart(tmp_path: Path) -> 
     assert torch.allclose(Standardize.fit(got.features)(got.features).std(0, correction=0), torch.ones(1).double())
 
 
-def test_decimal_commas_are_told_from_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["0,{}", "1,00{:02}", "1,234,{:03}.5", "-0,{}"])
+def test_commas_in_numbers_are_told_from_words(number: str, tmp_path: Path) -> None:
     path = tmp_path / "commas.csv"
-    path.write_text("size;price\n" + "".join(f"0,{i};{i}\n" for i in range(12)))
-    with pytest.raises(ValueError, match=r"a decimal comma in 'size', row 2 \('0,0'\); write them with a point"):
+    cells = [number.format(i) for i in range(12)]
+    advice = "write decimals after a point, and thousands without a comma"
+    path.write_text("size;price\n" + "".join(f"{cell};{i}\n" for i, cell in enumerate(cells)))
+    with pytest.raises(ValueError, match=rf"numbers with a comma in 'size', row 2 \('{cells[0]}'\); {advice}\."):
         load_table("table", path, target="price")
+    with pytest.raises(ValueError, match=rf"its target 'size' in rows 2 \('{cells[0]}'\), .*; {advice}\."):
+        load_table("table", path, target="size")
 
 
 def test_a_split_column_says_where_rows_belong_and_is_no_feature(tmp_path: Path) -> None:
@@ -287,6 +296,9 @@ def test_a_word_among_numbers_is_said(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("\n".join(["x,y", "5%,0", *(f"{i},{i}" for i in range(1, 12))]) + "\n")
     with pytest.raises(ValueError, match=r"has '5%' in 'x', row 2, where nearly all cells are numbers; write a number"):
+        load_table("table", path, target="y")
+    path.write_text("\n".join(["x,y", *(f"{'-' if i % 3 else i},{i}" for i in range(12))]) + "\n")
+    with pytest.raises(ValueError, match=r"has '-' in 'x', row 3, where other cells are numbers; write a number"):
         load_table("table", path, target="y")
     path.write_text("\n".join(["x,y", *(f"{'ab1'[i % 3]},{i}" for i in range(12))]) + "\n")
     assert load_table("table", path, target="y").feature_names == ("x=1", "x=a", "x=b")

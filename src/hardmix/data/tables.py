@@ -9,6 +9,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,9 @@ FEW_WORDS = 0.1
 #: more values than these make a column of words an id or a free text, not a feature
 MAX_VALUES = 50
 MIN_ROWS = 10
+#: what pandas calls an index without a name in a parquet file
+INDEX = re.compile(r"__index_level_\d+__")
+NO_COMMA = "write decimals after a point, and thousands without a comma"
 
 
 class Table(NamedTuple):
@@ -286,7 +290,8 @@ def _parquet(where: str, path: Path) -> _Sheet:
         ) from None
     try:
         table = pq.ParquetFile(path).read()
-        names = [str(column).strip() for column in table.column_names]
+        # an index without a name, which pandas saves beside the columns and `to_csv` leaves without one
+        names = ["" if INDEX.fullmatch(str(column)) else str(column).strip() for column in table.column_names]
         columns = [  # damaged texts are found where they are decoded
             ["" if value is None else str(value).strip() for value in column.to_pylist()] for column in table.columns
         ]
@@ -322,10 +327,10 @@ def _labels(where: str, sheet: _Sheet, target: str) -> Tensor:
     wrong = (~labels.isfinite()).nonzero().flatten().tolist()
     if wrong:
         rows = _listed((f"{sheet.numbers[row]} ({cells[row]!r:.20})" for row in wrong), 5)
-        raise ValueError(
-            f"{where} has no finite number as its target {target!r} in {_rows(wrong)} {rows}; "
-            f"repair or delete {'them' if len(wrong) > 1 else 'it'}."
-        )
+        advice = f"repair or delete {'them' if len(wrong) > 1 else 'it'}"
+        if all(_with_comma(cells[row]) for row in wrong):
+            advice = NO_COMMA
+        raise ValueError(f"{where} has no finite number as its target {target!r} in {_rows(wrong)} {rows}; {advice}.")
     return labels
 
 
@@ -355,16 +360,18 @@ def _feature(
     numbers = [None if _is_missing(cell) else _number(cell) for cell in cells]
     words = [i for i, (cell, number) in enumerate(zip(cells, numbers, strict=True)) if number is None]
     words = [i for i in words if not _is_missing(cells[i])]
-    if words and all(_number(cells[i].replace(",", ".")) is not None for i in words):
+    if words and all(_with_comma(cells[i]) for i in words):
         raise ValueError(
-            f"{where} has numbers with a decimal comma in {column!r}, row {rows[words[0]]} ({cells[words[0]]!r:.40}); "
-            "write them with a point."
+            f"{where} has numbers with a comma in {column!r}, row {rows[words[0]]} ({cells[words[0]]!r:.40}); "
+            f"{NO_COMMA}."
         )
     present = [number for number in numbers if number is not None]
-    if words and len(words) <= FEW_WORDS * (len(words) + len(present)) and len(set(present)) > 2:
+    few = len(words) <= FEW_WORDS * (len(words) + len(present))
+    signs = not any(character.isalnum() for i in words for character in cells[i])  # such as "-" or "." for nothing
+    if words and (few or signs) and len(set(present)) > 2:
         raise ValueError(
-            f"{where} has {cells[words[0]]!r:.40} in {column!r}, row {rows[words[0]]}, where nearly all cells are "
-            "numbers; write a number, leave the cell empty, or make words of all of them."
+            f"{where} has {cells[words[0]]!r:.40} in {column!r}, row {rows[words[0]]}, where "
+            f"{'nearly all' if few else 'other'} cells are numbers; write a number, leave the cell empty, or make words of all of them."
         )
     if words:
         filled = ["missing" if _is_missing(cell) else cell for cell in cells]
@@ -399,6 +406,10 @@ def _number(cell: str) -> float | None:
         return None if "_" in cell else float(cell)
     except ValueError:
         return None
+
+
+def _with_comma(cell: str) -> bool:
+    return "," in cell and _number(cell.replace(",", "")) is not None
 
 
 def _rows(wrong: list[int]) -> str:
