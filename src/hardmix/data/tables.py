@@ -371,8 +371,8 @@ def _feature(
     if words and (few or signs) and len(set(present)) > 2:
         raise ValueError(
             f"{where} has {cells[words[0]]!r:.40} in {column!r}, row {rows[words[0]]}, where "
-            f"{'nearly all' if few else 'other'} cells are numbers; write a number, leave the cell empty, or make words "
-            "of all of them."
+            f"{'nearly all' if few else 'other'} cells are numbers; write a number, leave the cell empty, or make "
+            "words of all of them."
         )
     if words:
         filled = ["missing" if _is_missing(cell) else cell for cell in cells]
