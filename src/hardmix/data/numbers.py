@@ -81,13 +81,17 @@ class ChannelScale(nn.Module):
         x = _check.batch("ChannelScale.fit", "x", x, 3, 6)
         channels = x.shape[1]
         total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+        low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
         for piece in rows.split(256):
             values = as_floats(x[piece]).double().transpose(0, 1).flatten(1)
             total += values.sum(1)
             square += values.square().sum(1)
             count += values.shape[1]
+            low, high = torch.minimum(low, values.amin(1)), torch.maximum(high, values.amax(1))
         mean = total / count
-        return cls(mean, (square / count - mean.square()).clamp(min=0.0).sqrt())
+        std = (square / count - mean.square()).clamp(min=0.0).sqrt()
+        # Asked of the values: rounded sums leave a constant channel a tiny std, and another value would become huge.
+        return cls(mean, torch.where(low == high, 0.0, std))
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.ndim - 2)
