@@ -62,6 +62,7 @@ def test_any_batch(data: st.DataObject) -> None:
 def test_gradcheck(labels) -> None:
     x, y = batch(6, 3).requires_grad_(), torch.tensor(labels)
     assert torch.autograd.gradcheck(lambda x: ordinal_entropy_loss(x, y, diversity_weight=0.4), x)
+    assert torch.autograd.gradgradcheck(lambda x: ordinal_entropy_loss(x, y, diversity_weight=0.4), x)
 
 
 def test_few_labels_leave_tightness_alone() -> None:

@@ -39,7 +39,7 @@ def ordinal_entropy_loss(
         Scalar, possibly below 0. One distinct label: no pair, so tightness alone. Two: one pair, with w = 0, so
         tightness alone as well; three with equal spacing push only the outer ones. N = 1: 0. Rows of zeros have no
         direction, and a label whose features cancel, up to rounding, has no centre: whatever does is at distance 1 from
-        them. At a distance of 0 the gradient is taken as 0. NaN gives NaN.
+        them. At a distance of 0 the derivatives are taken as 0, the second too. NaN gives NaN.
 
     Raises:
         TypeError: integer features, a setting of another kind.
@@ -61,7 +61,11 @@ def ordinal_entropy_loss(
     values, group, count = (part.to(x.z.device) for part in y.unique(return_inverse=True, return_counts=True))
     with torch.autocast(x.z.device.type, enabled=False):
         centres = _centres(x.z, group, count)
-        loss = tightness_weight * torch.linalg.vector_norm(unit(x.z) - centres[group], dim=1).mean()
+        away = unit(x.z) - centres[group]
+        # A length has no second derivative at 0, where a feature alone with its label is.
+        there = (away == 0).all(1)
+        length = torch.linalg.vector_norm(away.masked_fill(there[:, None], 1.0), dim=1).masked_fill(there, 0.0)
+        loss = tightness_weight * length.mean()
         if len(values) > 2:
             loss = loss - diversity_weight * _diversity(centres, values)
     return loss
@@ -122,5 +126,9 @@ def _diversity(centres: Tensor, values: Tensor) -> Tensor:
     weight = ((gap - values.diff().min()) / (values[-1] - values[0])).triu(1)
     # Distances from products, the form that needs no (C, C, D), lose half of the digits: in float64 enough are left.
     wide = centres.double()
-    distance = torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist")
+    length = wide.square().sum(1)
+    square = length[:, None] + length - 2.0 * (wide @ wide.T)
+    # torch.cdist has no second derivative at a distance of 0, and every centre has that to itself.
+    apart = (weight > 0) & ~(square <= 0)  # a NaN is taken in, and handed on
+    distance = torch.where(apart, square, 1.0).sqrt() * apart
     return (weight * distance).sum().to(centres.dtype) / (len(values) * (len(values) - 1) // 2)
