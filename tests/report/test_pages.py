@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hardmix.report import write_comparison_report, write_csv, write_run_report
+from hardmix.report.text import show_difference
 
 from .fake_runs import DEMO, METRICS, write_comparison, write_run
 from .test_hostile import check_page
@@ -271,6 +272,19 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     assert "untested" in text
     assert " won" not in text
     assert "<strong>" not in page.read_text("utf-8")
+
+
+def test_one_seed_has_differences_all_the_same(tmp_path: Path, quick_plots: None) -> None:
+    write_comparison(tmp_path, seeds=1, methods=DEMO[:2])
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    first, second = stored["table"]
+    second["versus_first"] = None  # as `hardmix compare --seeds 1` has it
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    text = words(write_comparison_report(tmp_path))
+    assert "unknown" not in text
+    assert "can't be compared with" not in text
+    by = second["metrics"]["nll"]["mean"] - first["metrics"]["nll"]["mean"]
+    assert f"{show_difference('nll', by)} untested".replace("\u2212", "-") in text
 
 
 def test_a_comparison_without_its_run_folders(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from typing import Any
 
 import pytest
@@ -151,6 +152,13 @@ def test_a_curve_of_one_point_is_marked() -> None:
         return svg(plots.curves([line], "alt")).count(f'style="fill: {plots.color(line.place)}; stroke')
 
     assert (marks(Line([1.0], [0.5])), marks(Line([1.0, 2.0], [0.5, 0.6]))) == (1, 0)
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [([2.0], ["2"]), ([1.0, 2.0], ["1", "2"]), ([0.5, 1.0], None)])
+def test_whole_epochs_have_whole_ticks(epochs: list[float], ticks: list[str] | None) -> None:
+    drawn = svg(plots.curves([Line(epochs, [0.5] * len(epochs))], "alt"))
+    found = re.findall(r">([0-9.]+)</text>", drawn[: drawn.index(">epoch</text>")])
+    assert found == ticks if ticks else "0.6" in found
 
 
 def test_names_of_points_cover_neither_marks_nor_each_other() -> None:

@@ -161,8 +161,8 @@ def read_comparison(folder: Path) -> Comparison:
     lower = {str(key) for key in _items(told)}
     if told is None:
         lower = {key for key in metrics if metric(key).lower_is_better}
-    methods = _methods(_objects(stored.get("table")), rows, metrics)
     expected = _items(stored.get("seeds"))
+    methods = _methods(_objects(stored.get("table")), rows, metrics, one_seed=len(expected) == 1)
     for method in methods:
         if len(method.rows) < len(expected):
             notes.append(f"{visible(method.name)} has {len(method.rows)} of {len(expected)} runs.")
@@ -217,7 +217,7 @@ def _best(methods: list[Method], key: str, lower: bool) -> Best | None:
     return Best(best[1], clear)
 
 
-def _methods(table: list[dict[str, Any]], rows: list[Row], metrics: list[str]) -> list[Method]:
+def _methods(table: list[dict[str, Any]], rows: list[Row], metrics: list[str], *, one_seed: bool) -> list[Method]:
     names = [str(entry.get("name")) for entry in table]
     # Runs that the table leaves out are shown all the same: a run that lost or broke must not vanish.
     table = table + [{"name": name} for name in dict.fromkeys(row.name for row in rows) if name not in names]
@@ -229,7 +229,10 @@ def _methods(table: list[dict[str, Any]], rows: list[Row], metrics: list[str]) -
         versus = {key: _versus(dig(entry, "versus_first", key)) for key in metrics} if place else {}
         policy, objective = entry.get("policy"), entry.get("objective")
         title = method_title(policy, objective) if "policy" in entry or "objective" in entry else ""
-        methods.append(Method(place, name, title, policy, objective, cells, versus, own))
+        method = Method(place, name, title, policy, objective, cells, versus, own)
+        methods.append(method)
+        if place and one_seed:  # nothing is tested then, but there is a difference
+            versus |= {key: _untested(method, methods[0], key) for key in metrics}
     _correct([method.versus for method in methods if method.versus], metrics)
     return methods
 
@@ -263,6 +266,12 @@ def _versus(stored: Any) -> Versus:
     p = number(dig(stored, "p"))
     p = p if p is not None and 0.0 <= p <= 1.0 else None
     return Versus(number(dig(stored, "difference")), number(dig(stored, "low")), number(dig(stored, "high")), p, None)
+
+
+def _untested(method: Method, first: Method, key: str) -> Versus:
+    """The difference of the means, where nothing was tested."""
+    own, base = method.mean(key), first.mean(key)
+    return Versus(None if own is None or base is None else own - base, None, None, None, None)
 
 
 def _row(entry: dict[str, Any], folder: Path, notes: list[str]) -> Row:

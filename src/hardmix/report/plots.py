@@ -126,6 +126,8 @@ def curves(
         if line.low is not None and line.high is not None:
             low, high = ([v * scale for v in side] for side in (line.low, line.high))
             axes.fill_between(line.x, low, high, color=color(line.place), alpha=0.16, linewidth=0)
+    if all(float(value).is_integer() for line in lines for value in line.x):  # whole epochs have nothing between them
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label + (" (%)" if percent else ""))
     if zero:
