@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from hardmix.train.compare import compare
 from hardmix.train.errors import RecipeError, RunError
@@ -203,6 +204,33 @@ def test_samples_that_changed_are_neither_evaluated_nor_trained_on(tmp_path, mon
             run_recipe(recipe, tmp_path / "half", resume=True)
     path.write_text("\n".join(lines))
     assert run_recipe(recipe, tmp_path / "half", resume=True)["test"]["mae"] == mae
+
+
+@pytest.mark.parametrize("kind", ["table", "pictures"])
+def test_nothing_is_pretrained_on_that_is_tested_afterwards(kind, tmp_path) -> None:
+    names = [f"{i:02}.png" for i in range(40)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), (6 * i, 0, 0)).save(tmp_path / name)
+    header = "file,age,score" if kind == "pictures" else "size,age,score"
+    rows = [f"{name if kind == 'pictures' else i},{i},{'' if i % 2 else i}" for i, name in enumerate(names)]
+    (tmp_path / "all.csv").write_text("\n".join([header, *rows]))
+    (tmp_path / "some.csv").write_text("\n".join([header, *rows[::2]]))
+    labels = "labels" if kind == "pictures" else "path"
+    where = {"path": str(tmp_path), "labels": "some.csv"} if kind == "pictures" else {"path": str(tmp_path / "all.csv")}
+    own = {"name": kind, "target": "score", **where} | (
+        {} if kind == "pictures" else {"missing": "drop", "target": "age"}
+    )
+    source = {labels: str(tmp_path / "all.csv"), "target": "age"} | ({} if kind == "pictures" else {"missing": "mean"})
+    model = {"name": "small-cnn" if kind == "pictures" else "mlp", "options": {"width": 4}}
+    with pytest.warns(
+        UserWarning, match=r"left out [3-6] of 28 samples to pre-train on, which are validated or tested"
+    ):
+        task = Regression(small(data=own | {"train_samples": 0}, model=model, contrast={**CONTRAST, "data": source}))
+    pretrained = set(task.source.names(task.source.rows["train"]))
+    for part in ("validation", "test"):
+        assert not pretrained & set(task.data.names(task.data.rows[part]))
+    assert pretrained & set(task.data.names(task.data.rows["train"]))
+    assert float(task.source.scale.mean) == task.source.labels("train").mean()
 
 
 def test_a_table_to_pretrain_on_has_the_same_columns_in_the_same_order(tmp_path) -> None:

@@ -225,8 +225,7 @@ def table_numbers(
 ) -> Numbers:
     """`load_table`, with its arguments and errors, as `Numbers`.
 
-    Samples are called "row 0", "row 1", ...: the rows of the table that was loaded, without those that
-    `missing="drop"` left out.
+    Samples are called by their row in the file, of which the header is row 1; those of diabetes "row 0", "row 1", ...
     """
     table = load_table(name, path, target=target, missing=missing)
     return Numbers(
@@ -237,6 +236,7 @@ def table_numbers(
         table.name,
         table.license,
         table.source,
+        [f"row {row}" for row in table.rows],
         split=table.split,
         feature_names=table.feature_names,
     )

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class Table(NamedTuple):
         license: of the numbers.
         source: the path of the file, or the package that holds it.
         split: (N,) uint8 as in `Numbers`, from a column "split" of the file; None without one.
+        rows: N numbers of the rows in the file; empty for diabetes.
     """
 
     features: Tensor
@@ -60,6 +61,7 @@ class Table(NamedTuple):
     license: str
     source: str
     split: Tensor | None = None
+    rows: Sequence[int] = ()
 
 
 class _Sheet(NamedTuple):
@@ -141,7 +143,7 @@ def load_table(
             columns += values
     if not columns:
         raise ValueError(f"{where} has no column besides the target and {SPLIT_COLUMN!r}; add a feature.")
-    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file), split)
+    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file), split, rows)
 
 
 def split_column(where: str, sheet: _Sheet) -> Tensor | None:

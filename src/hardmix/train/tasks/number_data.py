@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hardmix._files import from_home
 from hardmix.data.imbalance import balanced_rows, imbalanced_rows, split_imbalanced
 from hardmix.data.number_sets import Options, load_numbers
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
@@ -111,7 +114,7 @@ class NumberData:
             inputs=section.inputs,
             pair=section.pair,
         )
-        self.numbers = load_numbers(section.name, section.path or None, options)
+        self.section, self.numbers = section, load_numbers(section.name, section.path or None, options)
         train, validation, test = split(self.numbers, section, seed)
         if section.train_samples:
             chosen = torch.randperm(len(train), generator=generator(seed, "subset"))[: section.train_samples]
@@ -120,10 +123,40 @@ class NumberData:
         self.samples = Samples(self.numbers, self.rows.values())
         if self.numbers.kind == "rows":
             self.numbers = self.numbers._replace(inputs=_filled(self.numbers, train))
-        labels = self.numbers.labels[train]
+        self.scale = self._fitted()
+
+    def _fitted(self) -> LabelScale:
+        labels = self.labels("train")
         if float(labels.min()) == float(labels.max()):
             raise ValueError(f"data: every training row has the {self.numbers.target} {float(labels[0]):g}; take more.")
-        self.scale = LabelScale(labels)
+        return LabelScale(labels)
+
+    def leave_out(self, tested: NumberData) -> None:
+        """Pre-train on no sample that another part of the same files is validated or tested on."""
+        held = {tested.place(int(row)) for part in ("validation", "test") for row in tested.rows[part]}
+        train = self.rows["train"]
+        kept = torch.tensor([self.place(int(row)) not in held for row in train], dtype=torch.bool)
+        if bool(kept.all()):
+            return
+        count = f"{int((~kept).sum())} of {len(train)} samples"
+        if int(kept.sum()) < 2:
+            raise ValueError(
+                f"contrast.data: {count} to pre-train on are validated or tested on afterwards, and too few are left; "
+                "name another set, or say the split of both in a column."
+            )
+        warnings.warn(
+            f"contrast.data: left out {count} to pre-train on, which are validated or tested on afterwards.",
+            stacklevel=2,
+        )
+        self.rows["train"] = train[kept]
+        self.scale = self._fitted()
+
+    def place(self, row: int) -> str:
+        """Which sample of which file this row of the set is, wherever else it is named."""
+        name, numbers = self.numbers.sample_id(row), self.numbers
+        if numbers.kind in ("images", "volumes") and numbers.ids:
+            return os.path.realpath(os.path.join(from_home(self.section.path or numbers.source), name))
+        return f"{os.path.realpath(numbers.source)} {name}"
 
     def labels(self, split: str) -> Tensor:
         """(n,) float64 labels in their own unit."""

@@ -54,6 +54,8 @@ class Regression:
         other = None if section is None else section.data
         #: what the first stage trains on
         self.source = self.data if other is None else NumberData(other, recipe.seed)
+        if self.source is not self.data:
+            self.source.leave_out(self.data)
         if recipe.eval.checkpoint == "best" and len(self.data.rows["validation"]) == 0:
             raise ValueError(
                 'eval.checkpoint is "best" but nothing is kept for validation; set data.validation above 0.'
