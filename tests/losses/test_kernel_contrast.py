@@ -79,6 +79,15 @@ def test_gradcheck(kind, labels) -> None:
     assert torch.autograd.gradcheck(lambda z: kernel_contrast_loss(z, numbers(labels), **options), z.requires_grad_())
 
 
+def test_second_derivatives_are_right_or_refused() -> None:
+    z, y = torch.randn(5, 3, dtype=torch.float64).requires_grad_(), numbers([1.0, 1.0, 2.0, 4.0, 7.0])
+    for kind in ("y-aware", "exp"):
+        assert torch.autograd.gradgradcheck(lambda z, kind=kind: kernel_contrast_loss(z, y, kind=kind), z)
+    (grad,) = torch.autograd.grad(kernel_contrast_loss(z, y, kind="threshold"), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(grad.square().sum(), z)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_row_is_zero_and_joined_to_the_graph(kind) -> None:
     z = batch(1).requires_grad_()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix._math import unit
+from hardmix._math import first_only, is_transformed, unit
 from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 #: what is in the denominator
@@ -61,6 +62,7 @@ def kernel_contrast_loss(
         however far all others are: where every K_ij is tiny the nearest labels have it all, but a d above 1e150 counts
         as 1e150. All labels equal: "y-aware" is supervised contrast, "exp" is log(M - 1) - mean s_ij, "threshold" 0.
         N = 1 with one view: 0, with a gradient of zeros. Rows of zeros have cosine 0 with all. NaN gives NaN.
+        "threshold" has first derivatives only.
 
     Raises:
         TypeError: integer embeddings, a setting of another kind.
@@ -159,6 +161,21 @@ def _log_sum_of_farther(s: Tensor, distance: Tensor, own: Tensor) -> Tensor:
     """
     key = (-distance).masked_fill(own, 1.0)  # ascending: the farthest first, itself last
     ascending, order = key.sort(1)
-    running = s.gather(1, order).logcumsumexp(1)
+    once = s if is_transformed() else _Once.apply(s)
+    running = once.gather(1, order).logcumsumexp(1)
     farther = torch.searchsorted(ascending, key)
     return torch.where(farther > 0, running.gather(1, (farther - 1).clamp_(min=0)), s)
+
+
+class _Once(torch.autograd.Function):
+    """The values as they are. What torch has as the second derivative of logcumsumexp is NaN, which this refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return values.view_as(values)
+
+    @staticmethod
+    @first_only('kernel_contrast_loss: kind="threshold" has first derivatives only; leave out a penalty on gradients.')
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
