@@ -215,7 +215,7 @@ def evaluate(
             print_lines(heads, lines)
         return
     result = evaluate_run(run_folder, checkpoint, data_path)
-    print_metrics(telling_of(result), f"{result['name']}, checkpoint of step {result['step']}")
+    print_metrics(telling_of(result), f"{result['name']}, checkpoint of step {result['step']}", result.get("before"))
 
 
 @app.command(cls=Verb)

@@ -190,7 +190,7 @@ def print_metrics(test: dict[str, Any], title: str, before: dict[str, Any] | Non
     """Up to a handful of metrics side by side; more one below the other, with what they were before where known."""
     shown = [key for key in TITLES if key in test]
     console.print(escape(title))  # not as the table's title, which would be folded to its width
-    if len(shown) <= MOST_COLUMNS:
+    if len(shown) <= MOST_COLUMNS and not before:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for key in shown:
             table.add_column(TITLES[key], justify="right")

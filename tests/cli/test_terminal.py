@@ -117,6 +117,14 @@ def test_a_summary_leaves_out_what_the_number_of_classes_decides(screen) -> None
     assert "100" not in written.getvalue()
 
 
+def test_a_summary_of_few_measures_tells_what_they_were_before(screen) -> None:
+    written = screen(120)
+    summary = {"name": "two", "seed": 0, "data": {"test": 40, "kind": "pairs"}, "test": {"recall_5": 0.5, "gap": 1.5}}
+    terminal.print_summary(summary | {"before": {"recall_5": 0.25, "gap": 1.25}})
+    lines = [line.split() for line in written.getvalue().splitlines()[1:]]
+    assert lines == [["before", "after"], ["R@5", "%", "25.00", "50.00"], ["gap", "1.250", "1.500"]]
+
+
 def test_numbers_of_any_size_keep_their_digits(screen) -> None:
     result = comparison()
     for row, size in zip(result["table"], (1.2345e-3, 1.2345e-8, 12345.678), strict=True):

@@ -366,6 +366,17 @@ def test_the_right_picture_is_framed(tmp_path: Path, quick_pairs: None) -> None:
     assert known.count("5th: another picture") == 4
 
 
+def test_all_pictures_with_the_text_are_framed(tmp_path: Path, quick_pairs: None) -> None:
+    examples = {"texts": ["one", "two"], "right": [0, 1], "alike": [[0, 3, 5], [1]], "after": [[3, 0, 4], [7, 8, 3]]}
+    write_pair_run(tmp_path, numbers=fake_pairs(start=False) | {"examples": examples})
+    assert framed(write_run_report(tmp_path)) == 2
+    run = read_run(tmp_path)
+    for wrong in WRONG:
+        run.summary["examples"] = {**examples, "alike": wrong}
+        shown = pair_page.examples(run, [])
+        assert [found.right for found in shown[0].views[0].found] == [False, True, False], wrong
+
+
 def test_examples_show_what_they_can(tmp_path: Path, quick_pairs: None) -> None:
     numbers = fake_pairs(start=False)
     examples = {

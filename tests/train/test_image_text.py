@@ -597,6 +597,23 @@ def test_texts_in_another_case_are_the_same_text(drawings, tmp_path) -> None:
     assert len(data.pairs.split[:4].unique()) == 1
 
 
+def test_examples_tell_all_pictures_that_have_the_text(drawings, tmp_path) -> None:
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "split"])
+        rows.writerows([f"{k}.png", f"kind {k % 3}" if k < 9 else THINGS[k], ["test", "train"][k >= 9]]
+                       for k in range(20))  # fmt: skip
+    task = ImageText(pairs(tmp_path, data={"validation": 0.0}, eval={"checkpoint": "last"}))
+    found = task.test(task.model, torch.device("cpu"))["examples"]
+    assert len(found["texts"]) == 3
+    for text, own, alike in zip(found["texts"], found["right"], found["alike"], strict=True):
+        rows_of = {k for k in range(9) if f"kind {k % 3}" == text}
+        assert own in alike
+        assert {int(task.shown[place]) for place in alike} == rows_of & set(task.shown.tolist())
+
+
 def test_validation_that_is_drawn_shares_no_text_with_training(drawings, tmp_path) -> None:
     for path in drawings.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -36,7 +36,7 @@ AGREEMENT = ("exact", "edit_distance", "bleu_4", "cider")
 
 
 class Found(NamedTuple):
-    """A picture that a text found; `right` where it is the text's own."""
+    """A picture that a text found; `right` where it has the text."""
 
     uri: Markup
     alt: str
@@ -168,16 +168,17 @@ def examples(run: RunFolder, notes: list[str]) -> list[Example]:
     stored = run.summary.get("examples")
     if stored is None:
         return []
-    texts, right, after, before = (_list(stored, key) for key in ("texts", "right", "after", "before"))
+    texts, right, alike, after, before = (_list(stored, key) for key in ("texts", "right", "alike", "after", "before"))
     asked = []
     for i, text in enumerate(texts[:EXAMPLES]):
         views = [(name, _picks(ranked, i)) for name, ranked in (("before", before), ("after", after))]
-        asked.append((text, _row(right[i]) if i < len(right) else None, [view for view in views if view[1]]))
-    rows = {row for _, own, views in asked for row in [own, *(row for _, picks in views for row in picks)]}
+        own = _row(right[i]) if i < len(right) else None
+        asked.append((text, own, {own, *_rows_of(alike, i)}, [view for view in views if view[1]]))
+    rows = {row for _, own, _, views in asked for row in [own, *(row for _, picks in views for row in picks)]}
     pictures = _pictures(run.path / "gallery.safetensors", rows - {None}, notes)
     shown = []
-    for text, own, views in asked:
-        found = [View(name if before else "found", _found(picks, own, pictures)) for name, picks in views]
+    for text, own, answers, views in asked:
+        found = [View(name if before else "found", _found(picks, answers, pictures)) for name, picks in views]
         if any(view.found for view in found):
             shown.append(Example(visible(text), None if own is None else pictures.get(own), found))
     return shown
@@ -223,11 +224,11 @@ def _caption_rows(line: dict[str, Any], searches: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _found(picks: list[int | None], own: int | None, pictures: dict[int, Markup]) -> list[Found]:
+def _found(picks: list[int | None], answers: set[int | None], pictures: dict[int, Markup]) -> list[Found]:
     found = []
     for place, row in zip(PLACES, picks, strict=False):
         if row is not None and row in pictures:
-            right = row == own
+            right = row in answers
             found.append(Found(pictures[row], f"{place}: {'the right' if right else 'another'} picture", place, right))
     return found
 
@@ -274,9 +275,14 @@ def spheres(summary: dict[str, Any]) -> list[tuple[Plot, str]]:
 
 
 def _picks(ranked: list[Any], i: int) -> list[int | None]:
-    """The rows that text i found, None where one is no row."""
-    rows = ranked[i] if i < len(ranked) else None
-    return [_row(row) for row in rows[:FOUND]] if isinstance(rows, list) else []
+    """The first rows that text i found, None where one is no row."""
+    return _rows_of(ranked, i)[:FOUND]
+
+
+def _rows_of(stored: list[Any], i: int) -> list[int | None]:
+    """The rows of text i, None where one is no row."""
+    rows = stored[i] if i < len(stored) else None
+    return [_row(row) for row in rows[:ENTRIES]] if isinstance(rows, list) else []
 
 
 def _row(value: Any) -> int | None:

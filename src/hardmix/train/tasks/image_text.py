@@ -521,7 +521,10 @@ class ImageText:
             line["row"] = row
         columns = shown[0][2].shape[1]
         named = zip(("after", "before"), found, strict=False)
-        return {"texts": shown[0][0], "right": right.tolist()} | {
+        # Other pictures with the same text are as right as the first one.
+        concept = self.data.concept[self.shown]
+        alike = [(concept == concept[own]).nonzero()[:, 0].tolist() for own in right]
+        return {"texts": shown[0][0], "right": right.tolist(), "alike": alike} | {
             name: part.view(-1, columns).tolist() for name, part in named
         }
 
