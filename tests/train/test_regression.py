@@ -279,6 +279,11 @@ def test_predictions_of_large_labels_that_are_close_are_not_rounded(tmp_path) ->
         ({"contrast": {"epochs": 2, "objective": {"name": "supcon", "windw": 1}}}, "unknown option of contrastive"),
         ({"contrast": {"epochs": 2, "objective": {"name": "supcon", "reduction": "sum"}}}, 'training takes the "mean"'),
         ({"contrast": CONTRAST, "train": {"warmup_epochs": 3}}, "train.warmup_epochs is 3 but the shorter stage has 3"),
+        ({"contrast": CONTRAST, "train": {"accumulate": 2}}, "train.accumulate splits the samples that are compared"),
+        (
+            {"objective": {"name": "balanced-mse", "kind": None}, "train": {"accumulate": 2}},
+            "train.accumulate splits the samples that are compared",
+        ),
         (
             {"policy": {"name": "cutmix"}},
             'policy "cutmix" mixes parts of images; a table takes mixup, manifold-mixup, c-',

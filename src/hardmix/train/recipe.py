@@ -232,6 +232,9 @@ class Recipe(Section):
             yield "contrast is a section of regression recipes; leave it out"
         if numbers and self.contrast is not None:
             yield from self._misfits_of_stages(self.contrast)
+        by_batch = self.objective.name == "balanced-mse" and self.objective.options.get("kind", "bmc") == "bmc"
+        if numbers and self.train.accumulate > 1 and (by_batch or self.contrast is not None):
+            yield "train.accumulate splits the samples that are compared with each other; set it to 1"
 
     def _misfits_of_policy(self, name: str) -> Iterator[str]:
         kind, numbers = self.data.kind, self.data.name in NUMBER_SETS
