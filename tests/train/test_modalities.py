@@ -127,7 +127,7 @@ def test_one_set_pre_trains_for_another(tmp_path) -> None:
     assert made.contrast.data is not None
     assert made.contrast.data.augment == ["crop", "jitter"]
     summary = run_recipe(made, tmp_path / "run")
-    assert summary["data"]["pretraining"] == {"name": "series", "train": 20}
+    assert {**summary["data"]["pretraining"], "digest": ""} == {"name": "series", "train": 20, "digest": ""}
     assert summary["data"]["train"] == 42
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # 1 step an epoch on the 20, 2 on the 42

@@ -53,9 +53,9 @@ def two_stages(tmp_path_factory) -> Path:
 def test_a_run_measures_the_target_in_its_own_unit(two_stages) -> None:
     summary = json.loads((two_stages / "summary.json").read_text())
     assert summary["objective"] == "supremix + l1"
-    assert summary["data"] | {"source": "", "license": ""} == {
+    assert summary["data"] | {"source": "", "license": "", "digest": ""} == {
         "name": "diabetes", "kind": "rows", "train": 96, "validation": 44, "test": 88, "features": 10,
-        "target": "progression", "source": "", "license": "",
+        "target": "progression", "source": "", "license": "", "digest": "",
     }  # fmt: skip
     scatter = summary["scatter"]
     errors = [abs(p - y) for p, y in zip(scatter["prediction"], scatter["label"], strict=True)]
@@ -165,6 +165,24 @@ def test_a_table_of_ones_own(tmp_path) -> None:
     summary = run_recipe(recipe, tmp_path / "run")
     assert summary["data"]["features"] == 3
     assert summary["data"]["target"] == "price"
+
+
+def test_a_comparison_keeps_no_runs_of_data_that_changed(tmp_path) -> None:
+    path = tmp_path / "houses.csv"
+    lines = ["rooms,price", *(f"{i % 7},{10 * (i % 7) + i}" for i in range(60))]
+    path.write_text("\n".join(lines))
+    sets = [f"data.path={path}", "data.target=price", "train.epochs=1", "train.warmup_epochs=0"]
+    recipes = [load_recipe("table-l1", sets)]
+    first = compare(recipes, [0], tmp_path / "out", workers=1)
+    path.write_text("\n".join([*lines[:-1], "3,333"]))
+    message = "seed-0 was trained on samples or labels that .*houses.csv no longer has; choose another --out, or delete"
+    with pytest.raises(RunError, match=message):
+        compare(recipes, [0, 1], tmp_path / "out", workers=1)
+    other = [load_recipe("table-l1", [*sets, "train.lr=0.1"])]
+    with pytest.raises(RunError, match=r"seed-0 holds a run of another recipe \(train.lr differ\)"):
+        compare(other, [0, 1], tmp_path / "out", workers=1)
+    path.unlink()  # what was measured may be told again
+    assert compare(recipes, [0], tmp_path / "out", workers=1)["table"] == first["table"]
 
 
 def test_missing_cells_are_filled_from_the_training_rows_alone(tmp_path) -> None:

@@ -23,10 +23,11 @@ from hardmix.train.errors import Interrupted, RecipeError, RunError
 from hardmix.train.files import new_folder, write_json
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
-from hardmix.train.run_folder import read_summary
+from hardmix.train.run_folder import problem_with, read_summary
 from hardmix.train.start import prepare_start
 from hardmix.train.stop import follow_parent
 from hardmix.train.tasks import TASKS
+from hardmix.train.tasks.number_data import digest_now
 
 #: told about runs: (run number, what the loop reports; {"done": True} at the end)
 Watch = Callable[[int, dict[str, Any]], None]
@@ -86,12 +87,41 @@ def cautions(recipes: list[Recipe]) -> list[str]:
     amounts: dict[str, list[float]] = {
         "train.epochs": [recipe.train.epochs for recipe in recipes if recipe.train.epochs],
         "data.train_samples": [recipe.data.train_samples for recipe in recipes],
+        "data.validation": [recipe.data.validation for recipe in recipes],
         "semi.per_class": [recipe.semi.per_class for recipe in recipes],
         "semi.share": [recipe.semi.share for recipe in recipes],
     }
     if more := [f"{key} ({', '.join(map(str, dict.fromkeys(v)))})" for key, v in amounts.items() if len(set(v)) > 1]:
         told.append(f"The recipes differ in {', '.join(more)}: some may be better for that alone.")
     return told
+
+
+def _check_kept(jobs: list[Job]) -> None:
+    """Finished runs are kept, unless their samples have changed since: they would be compared with others.
+
+    Raises:
+        RunError: they have.
+    """
+    now: dict[str, str | None] = {}
+    for job in jobs:
+        if job.recipe.task != "regression" or not (job.folder / "summary.json").is_file():
+            continue
+        if problem := problem_with(job.recipe, job.folder, True):  # first, since it may be the recipe that changed
+            raise RunError(problem)
+        data = read_summary(job.folder).get("data", {})
+        contrast = job.recipe.contrast
+        parts = [(job.recipe.data, data)]
+        if contrast is not None and contrast.data is not None:
+            parts.append((contrast.data, data.get("pretraining", {})))
+        for section, kept in parts:
+            key = section.model_dump_json(exclude={"augment"})
+            if key not in now:
+                now[key] = digest_now(section)
+            if now[key] and kept.get("digest", now[key]) != now[key]:
+                raise RunError(
+                    f"{job.folder} was trained on samples or labels that {section.path or section.name} no longer has; "
+                    "choose another --out, or delete the runs that are to be trained again."
+                )
 
 
 def default_workers(jobs: int) -> int:
@@ -124,6 +154,7 @@ def compare(
     if problem := _taken(out):
         raise RunError(problem)
     jobs = plan_jobs(recipes, seeds, out)
+    _check_kept(jobs)
     workers = workers or default_workers(len(jobs))
     watch = watch or _nobody
     try:

@@ -70,6 +70,12 @@ class Samples(nn.Module):
             "splits": _hash(*(part.numpy() for part in rows)),
         }
 
+    @property
+    def digest(self) -> str:
+        """The same for all splits."""
+        every = [self.hashes[name] for name in ("features", "samples", "labels")]
+        return bytes(_hash(*(value.numpy() for value in every)).tolist()).hex()
+
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return dict(self.hashes)
 
@@ -102,19 +108,7 @@ class NumberData:
     """
 
     def __init__(self, section: DataSection, seed: int) -> None:
-        options = Options(
-            target=section.target,
-            domain=section.domain,
-            samples=section.samples,
-            size=section.image_size,
-            # the mean is that of the training rows, which are not known yet
-            missing="keep" if section.missing == "mean" and section.name == "table" else section.missing,
-            on_error=section.on_error,
-            labels=section.labels,
-            inputs=section.inputs,
-            pair=section.pair,
-        )
-        self.section, self.numbers = section, load_numbers(section.name, section.path or None, options)
+        self.section, self.numbers = section, read(section)
         train, validation, test = split(self.numbers, section, seed)
         if section.train_samples:
             chosen = torch.randperm(len(train), generator=generator(seed, "subset"))[: section.train_samples]
@@ -165,6 +159,31 @@ class NumberData:
     def names(self, rows: Tensor) -> list[str]:
         """What error messages call these rows of the set."""
         return [self.numbers.sample_id(int(row)) for row in rows]
+
+
+def read(section: DataSection) -> Numbers:
+    """The set of a recipe's data section."""
+    options = Options(
+        target=section.target,
+        domain=section.domain,
+        samples=section.samples,
+        size=section.image_size,
+        # the mean is that of the training rows, which are not known yet
+        missing="keep" if section.missing == "mean" and section.name == "table" else section.missing,
+        on_error=section.on_error,
+        labels=section.labels,
+        inputs=section.inputs,
+        pair=section.pair,
+    )
+    return load_numbers(section.name, section.path or None, options)
+
+
+def digest_now(section: DataSection) -> str | None:
+    """What `Samples.digest` of a section's files is now; None where they are gone."""
+    try:
+        return Samples(read(section), ()).digest
+    except FileNotFoundError:
+        return None
 
 
 def _filled(numbers: Numbers, train: Tensor) -> Tensor:

@@ -324,8 +324,10 @@ class Regression:
         if numbers.feature_names:
             data["features"] = len(numbers.feature_names)
         data |= {"target": numbers.target, "source": numbers.source, "license": numbers.license}
+        data["digest"] = self.data.samples.digest
         if self.source is not self.data:
-            data["pretraining"] = {"name": self.source.numbers.name, "train": len(self.source.rows["train"])}
+            of_source = {"name": self.source.numbers.name, "train": len(self.source.rows["train"])}
+            data["pretraining"] = {**of_source, "digest": self.source.samples.digest}
         return {
             "data": data,
             "model": {"name": recipe.model.name, "parameters": sum(p.numel() for p in self.model.parameters())},
