@@ -10,14 +10,15 @@ from hardmix.train.recipe import load_recipe
 
 
 def test_recipes_that_are_tested_or_trained_on_other_samples_are_told() -> None:
-    same = [load_recipe("diabetes-l1"), load_recipe("diabetes-supremix", ["data.augment=[]", "data.validation=0.2"])]
+    same = [load_recipe("diabetes-l1"), load_recipe("diabetes-supremix", ["data.augment=[]", "train.lr=0.01"])]
     assert cautions(same) == []
     other = load_recipe("table-l1", ["data.path=a.csv", "data.target=y"])
     (told,) = cautions([*same, other])
     assert told.startswith("The recipes differ in data.name, data.path, data.target: they may be tested on other")
-    longer = load_recipe("diabetes-l1", ["train.epochs=200", "data.train_samples=50"])
+    longer = load_recipe("diabetes-l1", ["train.epochs=200", "data.train_samples=50", "data.validation=0.2"])
     assert cautions([*same, longer]) == [
-        "The recipes differ in train.epochs (100, 200), data.train_samples (0, 50): some may be better for that alone."
+        "The recipes differ in train.epochs (100, 200), data.train_samples (0, 50), data.validation (0.1, 0.2): some "
+        "may be better for that alone."
     ]
     names = ("emoji-zero-shot", "emoji-clip", "emoji-m2mix")  # the first makes no step
     assert cautions([load_recipe(name) for name in names]) == []

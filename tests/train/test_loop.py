@@ -207,6 +207,16 @@ def test_the_same_recipe_twice_gives_the_same_bytes(straight, tmp_path):
     assert fingerprint(tmp_path / "again") == fingerprint(straight)
 
 
+def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        run_recipe(tiny(train={"epochs": 1}), tmp_path / "run")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_another_seed_gives_other_bytes(straight, tmp_path):
     run_recipe(tiny(seed=1), tmp_path / "other")
     assert fingerprint(tmp_path / "other") != fingerprint(straight)

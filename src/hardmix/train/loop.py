@@ -103,6 +103,8 @@ def run_recipe(
                 _write_report(folder)
             return read_summary(folder)
         if recipe.train.threads:
+            # The next run of this process may leave them to torch, which would keep this number.
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(recipe.train.threads)
         run = _Run(recipe, folder, accelerator)
         stack.callback(run.log.close)
