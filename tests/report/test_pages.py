@@ -144,6 +144,30 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert headings(page) == ["Learning curves", "What was run"]
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "told"), [("image-text", "recall_5", "50.0 % R@5"), ("regression", "mae", "0.5")]
+)
+def test_an_unfinished_run_is_called_what_its_recipe_calls_it(
+    tmp_path: Path, quick_plots: None, task: str, key: str, told: str
+) -> None:
+    run = tmp_path / "seed-3"
+    run.mkdir()
+    recipe = f'name = "mine"\ntask = "{task}"\nseed = 3\n[data]\nname = "photos"\n[model]\nname = "towers"\n'
+    (run / "recipe.toml").write_text(recipe)
+    lines = [{"kind": "train", "step": 8, "epoch": 2, "loss": 1.0}, {"kind": "validation", "epoch": 2, key: 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_run_report(run)
+    check_page(page)
+    text = words(page)
+    assert "<h1><bdi>mine</bdi></h1>" in page.read_text("utf-8")
+    assert f"The last validation gave {told}" in text
+    assert "data photos model towers seed 3" in text
+    assert "mixed samples" not in text
+    for damaged in ('name = "mine', "name = 3\ntask = []\ndata = 1\n", "a = " + "[" * 100_000):
+        (run / "recipe.toml").write_text(damaged)
+        check_page(write_run_report(run))
+
+
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     page = write_run_report(tmp_path)
     check_page(page)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hardmix.report.text import MAX_TEXT, is_pairs, number, visible
+from hardmix.report.text import MAX_TEXT, dig, is_pairs, number, visible
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[no-redef]
 
 #: Mixed samples that a page shows; the rest of a gallery is not decoded.
 MAX_SAMPLES = 12
@@ -69,6 +75,7 @@ def read_run(path: Path) -> RunFolder:
             recipe = file.read(MAX_TEXT + 1)
     except OSError:
         notes.append("recipe.toml is missing: what was run can't be told in full.")
+    summary = summary or _promised(recipe)
     mixes = summary.get("task") not in ("regression", "modalities") and not is_pairs(summary)
     return RunFolder(
         path=path,
@@ -79,6 +86,16 @@ def read_run(path: Path) -> RunFolder:
         gallery=_read_gallery(path / "gallery.safetensors", notes) if mixes else None,
         notes=notes,
     )
+
+
+def _promised(recipe: str | None) -> dict[str, Any]:
+    """What the summary of a run that has not finished will say, as far as its recipe tells."""
+    try:
+        table = tomllib.loads(recipe or "")
+    except (ValueError, RecursionError):
+        return {}
+    names = {key: {"name": name} for key in ("data", "model") if isinstance(name := dig(table, key, "name"), str)}
+    return {key: table[key] for key in ("name", "task", "seed") if isinstance(table.get(key), str | int)} | names
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:

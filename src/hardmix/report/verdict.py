@@ -130,7 +130,7 @@ def _direction(diagram: Any, ece: float) -> str:
 
 
 def _unfinished(run: RunFolder, title: str) -> Markup:
-    key = next((key for key in ("top1", "recall_5") if key in run.validation), "")
+    key = next((key for key in ("top1", "recall_5", "mae") if key in run.validation), "")
     last = run.validation.get(key, [])
     steps = run.train.get("step", [])
     sentence = Markup("<b>{}</b> has no test result: the run has not finished.").format(visible(title))
