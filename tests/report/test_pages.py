@@ -168,6 +168,14 @@ def test_an_unfinished_run_is_called_what_its_recipe_calls_it(
         check_page(write_run_report(run))
 
 
+def test_a_table_without_a_title_makes_no_empty_heading(tmp_path: Path, quick_plots: None) -> None:
+    missing = {"subsets": {"noto": 0.2, "noto+text": 0.4}, "majority": 0.1}
+    write_run(tmp_path, changes={"task": "modalities", "missing": missing})
+    page = write_run_report(tmp_path)
+    assert "Missing modalities" in headings(page)
+    assert not re.search(r"<h\d>\s*</h\d>", page.read_text("utf-8"))
+
+
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     page = write_run_report(tmp_path)
     check_page(page)
