@@ -184,6 +184,20 @@ def test_compare_writes_its_files_keeps_finished_runs_and_does_not_depend_on_job
     assert [run["test"] for run in again["runs"]] == [run["test"] for run in result["runs"]]
 
 
+def test_what_runs_side_by_side_warn_of_is_told_once(tmp_path):
+    for k in range(12):
+        Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    (tmp_path / "ages.csv").write_text("file,age\n" + "".join(f"{k}.png,{k}\n" for k in range(13)))
+    keys = ["path=.", "labels=ages.csv", "target=age", "on_error=skip", "image_size=8"]
+    sets = [word for key in keys for word in ("--set", f"data.{key}")]
+    few = ["--set", "train.epochs=1", "--set", "train.warmup_epochs=0"]
+    command = [sys.executable, "-m", "hardmix", "compare", "pictures-l1", *sets, *few, "--seeds", "2", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stderr.splitlines() if "left out" in line)
+    assert line.startswith("hardmix: read_picture_table: left out 1 of 13 files that can't be read ")
+    assert "UserWarning" not in done.stderr
+
+
 def test_a_comparison_that_is_piped_folds_no_name(cli, tmp_path):
     names = ["demo-none", "demo-mixup-dm", "demo-cutmix-dm"]
     code, out, err = cli("compare", *names, *QUICK, "--seeds", "2", "--jobs", "1", "--out", "out")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -308,10 +309,17 @@ def _side_by_side(jobs: list[Job], workers: int, watch: Watch) -> None:
 
 def _tell(events: Any, watch: Watch) -> None:
     """Hand on the events that are there, waiting a moment for the first."""
+
+    def hand_on(number: int, event: dict[str, Any]) -> None:
+        if "warning" in event:
+            warnings.warn_explicit(*event["warning"])
+        else:
+            watch(number, event)
+
     try:
-        watch(*events.get(timeout=0.1))
+        hand_on(*events.get(timeout=0.1))
         for _ in range(events.qsize()):
-            watch(*events.get_nowait())
+            hand_on(*events.get_nowait())
     except Empty:
         return
 
@@ -344,5 +352,17 @@ def _start_worker(threads: int) -> None:
 
 
 def _work(number: int, job: Job, events: Any) -> None:
+    def warn(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        events.put((number, {"warning": (str(message), category, filename, lineno)}))
+
+    # Every worker would tell the same, and only the first process knows how.
+    warnings.showwarning = warn
     run_recipe(job.recipe, job.folder, resume=True, progress=lambda event: events.put((number, event)))
     events.put((number, {"done": True}))
