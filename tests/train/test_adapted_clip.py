@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hardmix.train.evaluate import evaluate_run
+from hardmix.train.evaluate import evaluate_run, load_run
 from hardmix.train.loop import run_recipe
 from hardmix.train.tasks.image_text import ImageText
 
@@ -48,6 +48,20 @@ def test_a_frozen_tower_keeps_its_weights_and_a_temperature_can_be_set(drawings,
     _, before, after = steps(pairs(drawings, model=model, tune={"freeze": ["text"], "temperature": 0.05}))
     assert {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])} == {"image", "logit_scale"}
     assert before["logit_scale"].exp().item() == pytest.approx(20.0)
+
+
+def test_a_saved_model_is_measured_as_it_is_and_before_it_is_tuned(drawings, saved, tmp_path) -> None:  # noqa: F811
+    model = {"name": "hf-clip", "options": {"path": str(saved["clip"])}}
+    untrained = pairs(drawings, model=model, train={"epochs": 0, "warmup_epochs": 0.0})
+    run_recipe(untrained, tmp_path / "zero")
+    found = read(tmp_path / "zero")["test"]
+    kept, trained = load_run(tmp_path / "zero").model.state_dict(), ImageText(untrained).model.state_dict()
+    assert all(torch.equal(kept[key], trained[key]) for key in trained)
+    # It was trained on none of these texts, so that it may be tested on any of them.
+    tuned = pairs(drawings, model=None, tune={"start": str(tmp_path / "zero")}, data={"test": 0.3})
+    run_recipe(tuned, tmp_path / "tuned")
+    assert read(tmp_path / "tuned")["before"] == pytest.approx(found)
+    ImageText(pairs(drawings, model=None, tune={"start": str(tmp_path / "zero")}, data={"test": 0.6}))
 
 
 def test_models_are_named_by_their_files(drawings) -> None:  # noqa: F811

@@ -19,6 +19,7 @@ from hardmix.data.catalog import CATALOG
 from hardmix.data.kind_views import DEFAULT_VIEWS
 from hardmix.data.number_sets import NUMBER_SETS
 from hardmix.data.pair_sets import PAIR_SETS
+from hardmix.models.pair_build import ADAPTED
 from hardmix.train.components import Component, MistakesError, check_objective, check_policy, policy_names
 from hardmix.train.errors import RecipeError
 from hardmix.train.few_section import SemiSection, check_few
@@ -171,8 +172,11 @@ class Recipe(Section):
 
     def _misfits(self) -> Iterator[str]:
         """Whatever does not go together, a sentence each."""
-        if self.train.epochs == 0 and not self.tune.start:
-            yield "train.epochs is 0, which measures the weights of tune.start; name one, or train"
+        if self.train.epochs == 0 and not self.tune.start and self.model.name not in ADAPTED:
+            yield (
+                "train.epochs is 0, which measures the weights of tune.start; name one, or train (those of "
+                f"{' and '.join(ADAPTED)} are measured as they are)"
+            )
         if self.train.epochs and self.train.warmup_epochs >= self.train.epochs:
             yield (
                 f"train.warmup_epochs is {self.train.warmup_epochs:g} but train.epochs is {self.train.epochs}; "

@@ -168,7 +168,8 @@ class TrainSection(Section):
     epochs: int = Field(
         20,
         ge=0,
-        description="passes over the training samples; what does not fill a batch is left out. 0 only with tune.start",
+        description="passes over the training samples; what does not fill a batch is left out. 0 only with tune.start, "
+        "or for hf-clip and open-clip",
     )
     batch_size: int = Field(128, ge=1, le=2**24, description="samples of a step, all processes together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")

@@ -131,7 +131,7 @@ class ImageText:
         self.tokens, self.choices = self._training_texts()
         #: what training began with; of a run that goes on, or is measured, it comes with the checkpoint
         self.kept = Kept()
-        seen = hashed(self.data.seen_texts(self.data.rows["train"]))
+        seen = hashed(self.data.seen_texts(self.data.rows["train"]) if recipe.train.epochs else ())
         if tune.start and pretrained:
             seen = self._begin(seen)
         elif head and not tune.start:
