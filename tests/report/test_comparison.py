@@ -167,6 +167,13 @@ def test_verdicts(versus: Versus, lower: bool, verdict: str) -> None:
     assert versus.verdict(lower) == verdict
 
 
+def test_equal_means_are_equally_the_best(tmp_path: Path, quick_plots: None) -> None:
+    page = write_comparison_report(build(tmp_path, {"A": BASE, "B": BASE, "C": shifted(-0.1)}).folder)
+    rows = re.findall(r"<tr><th scope=.row.>.*?</tr>", page.read_text("utf-8"), re.DOTALL)[:3]
+    assert ['<span class="tag">best</span>' in row for row in rows] == [True, True, False]
+    assert not any("<strong>" in row for row in rows)
+
+
 def test_pairs_are_made_by_seed_not_by_order(tmp_path: Path) -> None:
     comparison = build(tmp_path, {"A": BASE, "B": shifted(0.02)})
     stored = json.loads((tmp_path / "comparison.json").read_text())

@@ -176,6 +176,11 @@ def test_a_table_without_a_title_makes_no_empty_heading(tmp_path: Path, quick_pl
     assert not re.search(r"<h\d>\s*</h\d>", page.read_text("utf-8"))
 
 
+def test_pictures_without_styles_have_no_other_styles(tmp_path: Path, quick_plots: None) -> None:
+    write_run(tmp_path, changes={"task": "image-text", "data": {"name": "mine", "test": 20, "shift": 0}})
+    assert "in other styles" not in words(write_run_report(tmp_path))
+
+
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     page = write_run_report(tmp_path)
     check_page(page)

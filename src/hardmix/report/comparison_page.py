@@ -192,7 +192,8 @@ def _relative(comparison: Comparison, method: Method) -> str:
 
 def _cell(comparison: Comparison, method: Method, key: str) -> Cell:
     cell, best = method.cells[key], comparison.best[key]
-    is_best = best is not None and best.place == method.place
+    # all that share the best mean; of equal means none is clear
+    is_best = best is not None and cell.mean == comparison.methods[best.place].mean(key)
     interval = show_range(key, cell.low, cell.high)
     told = Cell(show(key, cell.mean), interval, is_best, is_best and best is not None and best.clear)
     return _with_difference(comparison, told, method.versus[key], key) if method.versus else told

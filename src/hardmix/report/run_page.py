@@ -243,7 +243,7 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("task", _text(summary.get("task"))),
         (f"validation {things}", _known(number(dig(summary, "data", "validation")), count)),
         (f"test {things}", _known(number(dig(summary, "data", "test")), count)),
-        (f"test {things} in other styles", _known(number(dig(summary, "data", "shift")), count)),
+        (f"test {things} in other styles", _known(number(dig(summary, "data", "shift")) or None, count)),
         ("concepts", _known(number(dig(summary, "data", "concepts")), count)),
         ("styles", listed(dig(summary, "data", "styles"))),
         ("classes", count(len(class_names(summary))) if class_names(summary) else None),
