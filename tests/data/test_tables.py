@@ -66,7 +66,9 @@ def test_missing_cells_are_filled_or_left_out(tmp_path: Path) -> None:
     assert filled.features[:, 0].tolist() == [sum(range(4, 12)) / 8] * 4 + list(range(4, 12))
     assert filled.features[:, 2].tolist() == [1, 0, 1] + [0] * 9
     more = write(tmp_path, table(*rows) + "".join(f"{k},red,{k * k}\n" for k in range(12, 15)))
-    dropped = load_table("table", more, target="price", missing="drop")
+    told = r"t.csv' has missing cells in 'size' \(4\), 'colour' \(2\); left out 4 of 15 rows\."
+    with pytest.warns(UserWarning, match=told):
+        dropped = load_table("table", more, target="price", missing="drop")
     assert dropped.features[:, 0].tolist() == list(range(4, 15))
     assert dropped.labels.tolist() == [k * k for k in range(4, 15)]
     assert dropped.feature_names == ("size", "colour=blue", "colour=red")
@@ -135,7 +137,8 @@ def test_parquet_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytes
     parquet = SimpleNamespace(ParquetFile=lambda _: SimpleNamespace(read=lambda: stored))
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(ArrowException=RuntimeError, parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    got = load_table("table", path, target="y", missing="drop")
+    with pytest.warns(UserWarning, match=r"missing cells in 'size' \(1\); left out 1 of 12 rows"):
+        got = load_table("table", path, target="y", missing="drop")
     assert got.feature_names == ("size", "big=False", "big=True")
     assert got.features[:2].tolist() == [[pytest.approx(0.1), 0, 1], [0, 0, 1]]
     columns["__index_level_0__"] = columns.pop("big")
@@ -248,7 +251,8 @@ def test_a_split_column_says_where_rows_belong_and_is_no_feature(tmp_path: Path)
     assert table.split.tolist() == [0, 0, 1, 2, 1, 2] * 3
     lines[4] = "NA,train,8"
     path.write_text("\n".join(["x,split,y", *lines]) + "\n")
-    dropped = load_table("table", path, target="y", missing="drop").split
+    with pytest.warns(UserWarning, match="left out 1 of 18 rows"):
+        dropped = load_table("table", path, target="y", missing="drop").split
     assert dropped is not None
     assert dropped.tolist() == ([0, 0, 1, 2, 1, 2] * 3)[:4] + ([0, 0, 1, 2, 1, 2] * 3)[5:]
 

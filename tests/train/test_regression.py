@@ -224,6 +224,7 @@ def test_samples_that_changed_are_neither_evaluated_nor_trained_on(tmp_path, mon
     assert run_recipe(recipe, tmp_path / "half", resume=True)["test"]["mae"] == mae
 
 
+@pytest.mark.filterwarnings("ignore:.*left out 20 of 40 rows")
 @pytest.mark.parametrize("kind", ["table", "pictures"])
 def test_nothing_is_pretrained_on_that_is_tested_afterwards(kind, tmp_path) -> None:
     names = [f"{i:02}.png" for i in range(40)]

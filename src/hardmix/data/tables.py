@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,8 @@ def load_table(
         target: for "table": the column to predict.
         missing: "error" lists the columns with missing cells; "mean" fills numbers with the mean of the column over all
             rows, those of a later test split included, and gives words the value "missing"; "drop" leaves out the
-            rows; "keep" leaves NaN where a number is missing, for a mean over the training rows to go there, and treats
-            words like "mean". A missing target is an error either way.
+            rows with a warning; "keep" leaves NaN where a number is missing, for a mean over the training rows to go
+            there, and treats words like "mean". A missing target is an error either way.
 
     Raises:
         ValueError: unknown name or target (the nearest one is offered), a damaged file, rows of another length than
@@ -123,6 +124,12 @@ def load_table(
     if len(keep) < MIN_ROWS:
         left = f" {len(keep)} of {len(sheet.rows)} rows without missing cells" if missing == "drop" else ""
         raise ValueError(f"{where} has{left or f' {len(keep)} rows'}; pass a table with at least {MIN_ROWS}.")
+    if len(keep) < len(sheet.rows):
+        warnings.warn(
+            f"{where} has missing cells in {_gaps(sheet)}; left out {len(sheet.rows) - len(keep)} of {len(sheet.rows)} "
+            "rows.",
+            stacklevel=2,
+        )
     labels = labels[keep]
     if bool((labels == labels[0]).all()):
         raise ValueError(
@@ -338,21 +345,18 @@ def _labels(where: str, sheet: _Sheet, target: str) -> Tensor:
 
 def _complete(where: str, sheet: _Sheet, target: str, missing: str) -> list[int]:
     """Positions of the rows to keep."""
-    count = [0] * len(sheet.names)
-    keep = []
-    for number, row in enumerate(sheet.rows):
-        gaps = [position for position, cell in enumerate(row) if _is_missing(cell)]
-        for position in gaps:
-            count[position] += 1
-        if not gaps or missing != "drop":
-            keep.append(number)
-    if missing == "error" and any(count):
-        listed = _listed((f"{name!r} ({n})" for name, n in zip(sheet.names, count, strict=True) if n), 20)
+    if missing == "error" and (listed := _gaps(sheet)):
         raise ValueError(
             f"{where} has missing cells in {listed}; fill them with `--set data.missing=mean`, "
             "or leave out their rows with `--set data.missing=drop`."
         )
-    return keep
+    return [number for number, row in enumerate(sheet.rows) if missing != "drop" or not any(map(_is_missing, row))]
+
+
+def _gaps(sheet: _Sheet) -> str:
+    """The columns with missing cells, and how many; empty without any."""
+    count = [sum(map(_is_missing, column)) for column in zip(*sheet.rows, strict=True)]
+    return _listed((f"{name!r} ({n})" for name, n in zip(sheet.names, count, strict=False) if n), 20)
 
 
 def _feature(
