@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -595,6 +596,26 @@ def test_texts_in_another_case_are_the_same_text(drawings, tmp_path) -> None:
     data = ImageText(pairs(tmp_path)).data
     assert len(data.concept[:4].unique()) == 1
     assert len(data.pairs.split[:4].unique()) == 1
+
+
+def test_pictures_of_a_batch_with_the_same_captions_are_told(drawings, tmp_path) -> None:
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def write(kinds: int) -> None:
+        lines = [f"{k}.png,kind {k % kinds},{'test' if k < 10 else 'train'}" for k in range(40)]
+        (tmp_path / "captions.csv").write_text("\n".join(["file,caption,split", *lines]) + "\n")
+
+    quiet = {"data": {"validation": 0.0}, "eval": {"checkpoint": "last"}}
+    write(5)  # 6 of each to train on: 5 of the 29 others are equal, of 15 in a batch 15 * 5 / 29
+    told = r"data: of the 15 other pictures of a batch 2\.6 on average have the same captions, and"
+    with pytest.warns(UserWarning, match="are of pictures to train on"), pytest.warns(UserWarning, match=told):
+        ImageText(pairs(tmp_path, **quiet))
+    write(20)  # 1 or 2 of each
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ImageText(pairs(tmp_path, **quiet))
+    assert not any("of a batch" in str(w.message) for w in caught)
 
 
 def test_examples_tell_all_pictures_that_have_the_text(drawings, tmp_path) -> None:

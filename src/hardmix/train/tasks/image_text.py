@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hardmix.data.characters import PADDING, CaptionTokenizer
 from hardmix.data.numbers import as_floats
+from hardmix.data.pair_sets import PAIR_SETS
 from hardmix.data.prompts import prompts
 from hardmix.data.views import Augment
 from hardmix.distributed import gather_rows, my_part
@@ -87,6 +89,8 @@ class ImageText:
         tune = recipe.tune
         self.data = PairData(recipe.data, recipe.seed, tune.classes)
         self._check_data()
+        if pretrained and PAIR_SETS[recipe.data.name].yours and recipe.train.epochs:
+            self._tell_equals()
         self.measured = self._measured()
         head = bool(tune.head)
         objective: nn.Module
@@ -168,6 +172,21 @@ class ImageText:
                 wants = f"tune.after={tune.after} is fitted"
             if wants:
                 raise ValueError(f"{wants} but nothing is kept for validation; set data.validation above 0.")
+
+    def _tell_equals(self) -> None:
+        """Warns where a picture has, on average, another one with the same captions in its batch: a wrong answer to a
+        contrast, which is not to be seen from its loss."""
+        counts = self.data.pairs.concept[self.data.rows["train"]].unique(return_counts=True)[1]
+        size = int(counts.sum())
+        others = min(self.recipe.train.batch_size, size) - 1
+        equal = others * float((counts * (counts - 1)).sum()) / (size * (size - 1))
+        if equal >= 1.0:
+            warnings.warn(
+                f"data: of the {others} other pictures of a batch {equal:.1f} on average have the same captions, and "
+                "training takes them for wrong answers; tell them apart by their captions, or set a smaller "
+                "train.batch_size.",
+                stacklevel=3,
+            )
 
     def _measured(self) -> tuple[str, ...]:
         """The measures that are asked for and that there are for this set and model."""
