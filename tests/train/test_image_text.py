@@ -598,6 +598,27 @@ def test_texts_in_another_case_are_the_same_text(drawings, tmp_path) -> None:
     assert len(data.pairs.split[:4].unique()) == 1
 
 
+def test_copies_of_a_picture_go_into_one_split_or_are_told(drawings, tmp_path) -> None:
+    """As where each caption of a picture has a file of its own."""
+    lines = []
+    for number, thing in enumerate(THINGS):
+        for copy in range(2):
+            (tmp_path / f"{number}-{copy}.png").write_bytes((drawings / f"{number}.png").read_bytes())
+            lines.append(f"{number}-{copy}.png,{thing} {copy}")
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *lines]) + "\n")
+    split = ImageText(pairs(tmp_path)).data.pairs.split
+    assert (split.view(-1, 2)[:, 0] == split.view(-1, 2)[:, 1]).all()
+    assert len(split.unique()) == 3
+    lines = [f"{line},{'test' if k in (1, 4, 5) else 'train'}" for k, line in enumerate(lines)]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption,split", *lines]) + "\n")
+    told = r"1 pictures of captions to test on are also trained on \('0-1.png', as '0-0.png'\); put a picture and its c"
+    with pytest.warns(UserWarning, match=told):
+        data = ImageText(pairs(tmp_path)).data
+    held = data.rows["validation"].tolist()
+    assert held
+    assert {row ^ 1 for row in held} <= set(held)
+
+
 def test_pictures_of_a_batch_with_the_same_captions_are_told(drawings, tmp_path) -> None:
     for path in drawings.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

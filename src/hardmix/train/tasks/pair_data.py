@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 import torch
 from torch import Tensor
 
 from hardmix.data.numbers import TRAIN, VALIDATION
-from hardmix.data.pair_sets import PairOptions, load_pairs
+from hardmix.data.pair_sets import PAIR_SETS, PairOptions, load_pairs
 from hardmix.data.pairs import SPLIT_NAMES, Pairs, draw_split, same_text, text_groups
 from hardmix.train.sections import DataSection
 from hardmix.train.seeds import generator
@@ -39,7 +40,12 @@ class PairData:
             on_error=section.on_error,
         )
         pairs, self.trained = load_pairs(section.name, section.path or None, options)
-        self.pairs: Pairs = pairs._replace(split=_splits(pairs, section))
+        #: of one's own set, what tells copies of a picture; () for a set of ours
+        marks = [picture_mark(picture) for picture in pairs.images] if PAIR_SETS[section.name].yours else []
+        texts = list(pairs.captions)
+        if marks:
+            texts = [(*own, mark) for own, mark in zip(texts, marks, strict=True)]
+        self.pairs: Pairs = pairs._replace(split=_splits(pairs, section, texts))
         holder: dict[str, int] = {}
         firsts = zip(pairs.captions, pairs.concept.tolist(), strict=True)
         self.concept = torch.tensor([holder.setdefault(same_text(texts[0]), number) for texts, number in firsts])
@@ -61,6 +67,19 @@ class PairData:
                 f"data: {len(twice):,} texts of {pairs.name} are of pictures to train on and to test on "
                 f"({min(twice)!r:.60}); what finds them may know them by heart.",
                 stacklevel=2,
+            )
+        if marks:
+            self._tell_copies(marks)
+
+    def _tell_copies(self, marks: list[str]) -> None:
+        """Warns of pictures that are both trained on and tested on, as a table's own splits may have it."""
+        train, test = ({marks[row]: row for row in self.rows[split].tolist()} for split in ("train", "test"))
+        if both := [mark for mark in test if mark in train]:
+            first, other = (self.pairs.ids[of[both[0]]] for of in (train, test))
+            warnings.warn(
+                f"data: {len(both):,} pictures of {self.pairs.name} to test on are also trained on ({other!r:.60}, as "
+                f"{first!r:.60}); put a picture and its copies into one split.",
+                stacklevel=3,
             )
 
     def seen_texts(self, rows: Tensor) -> set[str]:
@@ -101,17 +120,24 @@ class PairData:
         return [self.pairs.ids[row] for row in rows.tolist()]
 
 
-def _splits(pairs: Pairs, section: DataSection) -> Tensor:
+def picture_mark(picture: Tensor) -> str:
+    """A text that copies of a picture have in common, after all others in the alphabet."""
+    return "\U0010ffff" + hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _splits(pairs: Pairs, section: DataSection, texts: list[tuple[str, ...]]) -> Tensor:
     """(N,) uint8; those of the set, or drawn; a set that only says what is for testing gets validation drawn.
+
+    What has one of the `texts` in common, the captions and what tells copies of a picture, stays together.
 
     Alike for all seeds: a run that starts from another one must not be tested on what that was trained on.
     """
     if pairs.split is None:
-        return draw_split(pairs.captions, test=section.test, validation=section.validation)
+        return draw_split(texts, test=section.test, validation=section.validation)
     split = pairs.split.clone()
     if not bool((split == VALIDATION).any()) and section.validation:
         train = (split == TRAIN).nonzero()[:, 0]
-        first = torch.tensor(text_groups([pairs.captions[row] for row in train.tolist()]), dtype=torch.long)
+        first = torch.tensor(text_groups([texts[row] for row in train.tolist()]), dtype=torch.long)
         of_row = pairs.concept[train[first]]  # pictures with a text in common go together
         groups = of_row.unique()
         order = torch.randperm(len(groups), generator=generator(0, "validation"))
