@@ -332,7 +332,8 @@ def test_a_loaded_table_as_numbers(tmp_path: Path) -> None:
         assert got.inputs.equal(table.features)
         assert got.labels.equal(table.labels)
         assert got[2:7] == ("rows", table.target, table.name, table.license, table.source)
-        assert got[8:] == (None, table.feature_names)
+        assert got[8:10] == (None, table.feature_names)
+        assert not got.groups
         # the rows of a file as it numbers them: the header is the first, and every third has no colour
         assert got.sample_id(5) == ("row 5" if file is None else "row 10")
     with pytest.raises(ValueError, match=r"load_table: .* has missing cells in 'colour'"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardmix.data import stratified_subset, train_validation_split
-from hardmix.data.splits import rows_to_split
+from hardmix.data.splits import rows_to_split, split_groups
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [7] * 20)[torch.randperm(100, generator=torch.Generator().manual_seed(3))]
 
@@ -133,3 +133,28 @@ def test_every_row_of_a_class_can_be_chosen() -> None:
 def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(
+    groups=st.lists(st.sampled_from("abcdefghijklmnop"), min_size=8, max_size=80).filter(lambda g: len(set(g)) > 5),
+    test=st.floats(0.05, 0.3),
+    validation=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 99),
+)
+def test_groups_stay_together(groups: list[str], test: float, validation: float, seed: int) -> None:
+    parts = split_groups(groups, test, validation, seed=seed)
+    assert torch.cat(parts).sort().values.equal(torch.arange(len(groups)))
+    assert all(rows.equal(rows.sort().values) for rows in parts)
+    held = [{groups[row] for row in rows.tolist()} for rows in parts]
+    assert held[0].isdisjoint(held[1] | held[2])
+    assert held[1].isdisjoint(held[2])
+    assert bool(held[1]) == bool(validation)
+    assert abs(len(parts[2]) - test * len(groups)) <= max(groups.count(group) for group in groups)
+    assert parts[2].equal(split_groups(groups, test, 0.0, seed=seed)[2])
+
+
+def test_groups_that_leave_nothing_to_train_on() -> None:
+    with pytest.raises(
+        ValueError, match=r"test 0.2 and validation 0.1 of 2 groups leave none for training; pass smaller"
+    ):
+        split_groups(["a", "b"] * 10, 0.2, 0.1, seed=0)

@@ -185,6 +185,38 @@ def test_a_comparison_keeps_no_runs_of_data_that_changed(tmp_path) -> None:
     assert compare(recipes, [0], tmp_path / "out", workers=1)["table"] == first["table"]
 
 
+def test_no_group_is_in_two_splits(tmp_path) -> None:
+    path = tmp_path / "scans.csv"
+    rows = [f"{i % 7},p{i // 3},{i + 10 * (i % 7)}" for i in range(90)]
+    path.write_text("\n".join(["size,patient,age", *rows]))
+    sets = [f"data.path={path}", "data.target=age", "data.group=patient", "train.epochs=3", "train.batch_size=16"]
+    summary = run_recipe(load_recipe("table-l1", sets), tmp_path / "run")
+    assert [summary["data"][part] for part in ("train", "validation", "test", "features")] == [63, 9, 18, 1]
+    assert evaluate_run(tmp_path / "run")["test"]["mae"] == summary["test"]["mae"]
+    path.write_text(
+        "\n".join(["size,patient,age,split", *(f"{r},{'test' if i < 30 else 'train'}" for i, r in enumerate(rows))])
+    )
+    task = Regression(load_recipe("table-supremix", [*sets[:3], f"contrast.data.path={path}"]))
+    for data in (Regression(load_recipe("table-l1", sets)).data, task.data):
+        held = [{data.numbers.groups[row] for row in rows.tolist()} for rows in data.rows.values()]
+        assert all(held)
+        assert sum(map(len, held)) == 30
+    with pytest.raises(RecipeError, match=r"data.imbalance draws samples one by one, which data.group keeps together"):
+        load_recipe("table-l1", [*sets, "data.imbalance=5"])
+
+
+def test_nothing_is_pretrained_on_of_a_group_that_is_tested(tmp_path) -> None:
+    for name, first in (("first", 0), ("second", 100)):
+        rows = [f"{first + i},p{i % 10},{i}" for i in range(40)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["size,patient,age", *rows]))
+    data = {"name": "table", "path": str(tmp_path / "first.csv"), "target": "age", "group": "patient", "test": 0.3}
+    contrast = {**CONTRAST, "data": {"path": str(tmp_path / "second.csv"), "test": 0.2}}
+    with pytest.warns(UserWarning, match="left out 4 of 28 samples to pre-train on"):
+        task = Regression(small(data={**data, "train_samples": 0}, contrast=contrast))
+    own = {task.data.numbers.groups[int(row)] for part in ("validation", "test") for row in task.data.rows[part]}
+    assert own.isdisjoint(task.source.numbers.groups[int(row)] for row in task.source.rows["train"])
+
+
 def test_missing_cells_are_filled_from_the_training_rows_alone(tmp_path) -> None:
     split = ["train"] * 8 + ["test"] * 4
     x = [1, 2, 3, "", 5, 6, 7, 8, 1000, 1000, 1000, ""]

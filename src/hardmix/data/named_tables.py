@@ -221,13 +221,18 @@ def read_named_table(name: str, path: Path, *, target: str = "", samples: int = 
 
 
 def table_numbers(
-    name: str, path: str | os.PathLike[str] | None = None, *, target: str = "", missing: str = "error"
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    target: str = "",
+    missing: str = "error",
+    group: str = "",
 ) -> Numbers:
     """`load_table`, with its arguments and errors, as `Numbers`.
 
     Samples are called by their row in the file, of which the header is row 1; those of diabetes "row 0", "row 1", ...
     """
-    table = load_table(name, path, target=target, missing=missing)
+    table = load_table(name, path, target=target, missing=missing, group=group)
     return Numbers(
         table.features,
         table.labels,
@@ -239,6 +244,7 @@ def table_numbers(
         [f"row {row}" for row in table.rows],
         split=table.split,
         feature_names=table.feature_names,
+        groups=table.groups,
     )
 
 

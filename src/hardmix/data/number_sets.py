@@ -34,6 +34,7 @@ class Options:
     labels: str = ""
     inputs: str = ""
     pair: str = ""
+    group: str = ""
 
 
 class NumbersFound(NamedTuple):
@@ -104,9 +105,12 @@ def _own_series(path: Path | None, o: Options) -> Numbers:
     if file.is_dir() or file.suffix == ".ts":
         if o.inputs:
             raise ValueError(f"load_numbers: inputs is {o.inputs!r}, but .ts files have no names; leave it out.")
+        _refuse(o, "group", "a .ts file")
         return series.read_ts(file, target=o.target, samples=o.samples, missing=o.missing)
     _refuse(o, "missing", "an .npz file of series")
-    return series.read_series_npz(file, inputs=o.inputs or "x", target=o.target or "y", samples=o.samples)
+    return series.read_series_npz(
+        file, inputs=o.inputs or "x", target=o.target or "y", group=o.group, samples=o.samples
+    )
 
 
 def _own_pictures(path: Path | None, o: Options) -> Numbers:
@@ -115,6 +119,7 @@ def _own_pictures(path: Path | None, o: Options) -> Numbers:
         _table_of(o),
         target=o.target,
         file_column=o.inputs,
+        group=o.group,
         size=o.size,
         samples=o.samples,
         on_error=o.on_error,
@@ -126,12 +131,12 @@ def _own_volumes(path: Path | None, o: Options) -> Numbers:
     if file.suffix == ".npz":
         _refuse(o, "labels", "an .npz file, which holds them itself,")
         _refuse(o, "inputs", "an .npz file, whose volumes are called x,")
-        return read_volume_npz(file, target=o.target or "y", size=o.size)
-    return read_volume_table(file, _table_of(o), target=o.target, file_column=o.inputs, size=o.size)
+        return read_volume_npz(file, target=o.target or "y", group=o.group, size=o.size)
+    return read_volume_table(file, _table_of(o), target=o.target, file_column=o.inputs, group=o.group, size=o.size)
 
 
 def _own_texts(path: Path | None, o: Options) -> Numbers:
-    return texts.read_texts(_there(path), target=o.target, text=o.inputs or "text", pair=o.pair)
+    return texts.read_texts(_there(path), target=o.target, text=o.inputs or "text", pair=o.pair, group=o.group)
 
 
 def _refuse(o: Options, key: str, who: str) -> None:
@@ -173,8 +178,8 @@ NUMBER_SETS: dict[str, NumberSet] = {
             (),
             "yours",
             "--set data.path=FILE --set data.target=COLUMN",
-            lambda path, o: table_numbers("table", path, target=o.target, missing=o.missing),
-            takes=("target", "missing"),
+            lambda path, o: table_numbers("table", path, target=o.target, missing=o.missing, group=o.group),
+            takes=("target", "missing", "group"),
         ),
         NumberSet(
             "household-power",
@@ -224,7 +229,7 @@ NUMBER_SETS: dict[str, NumberSet] = {
             "yours",
             "--set data.path=FILE",
             _own_series,
-            takes=("target", "samples", "inputs", "missing"),
+            takes=("target", "samples", "inputs", "missing", "group"),
         ),
         NumberSet(
             "molecules",
@@ -279,7 +284,7 @@ NUMBER_SETS: dict[str, NumberSet] = {
             "yours",
             "--set data.path=FOLDER --set data.labels=TABLE --set data.target=COLUMN",
             _own_pictures,
-            takes=("target", "labels", "inputs", "size", "samples", "on_error"),
+            takes=("target", "labels", "inputs", "group", "size", "samples", "on_error"),
         ),
         NumberSet(
             "qm9",
@@ -319,7 +324,7 @@ NUMBER_SETS: dict[str, NumberSet] = {
             "yours",
             "--set data.path=FOLDER --set data.labels=TABLE --set data.target=COLUMN",
             _own_volumes,
-            takes=("target", "labels", "inputs", "size"),
+            takes=("target", "labels", "inputs", "group", "size"),
         ),
         NumberSet(
             "sts-b-dir",
@@ -353,7 +358,7 @@ NUMBER_SETS: dict[str, NumberSet] = {
             "yours",
             "--set data.path=FILE --set data.target=KEY",
             _own_texts,
-            takes=("target", "inputs", "pair"),
+            takes=("target", "inputs", "pair", "group"),
         ),
     )
 }

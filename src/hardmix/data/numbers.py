@@ -34,6 +34,7 @@ class Numbers(NamedTuple):
         ids: what messages call the samples; empty for "row 17".
         split: (N,) uint8 with TRAIN, VALIDATION or TEST, where the data set says so itself; None to draw the splits.
         feature_names: of rows; empty for the other kinds.
+        groups: N names of what samples belong to, such as a patient, which no two splits share; empty where not said.
     """
 
     inputs: Tensor | Texts
@@ -46,6 +47,7 @@ class Numbers(NamedTuple):
     ids: Sequence[str] = ()
     split: Tensor | None = None
     feature_names: tuple[str, ...] = ()
+    groups: Sequence[str] = ()
 
     def sample_id(self, i: int) -> str:
         """What messages and reports call sample `i`."""

@@ -55,6 +55,48 @@ def read_split(where: str, words: Sequence[str], numbers: Sequence[int], *, line
     return torch.tensor([SPLITS[word] for word in words], dtype=torch.uint8)
 
 
+def read_groups(where: str, words: Sequence[str], name: str, numbers: Sequence[int], unit: str = "row") -> list[str]:
+    """What each sample belongs to, in the column, key or array `name`.
+
+    Raises:
+        ValueError: nothing is said of one.
+    """
+    empty = next((number for number, word in zip(numbers, words, strict=True) if not word.strip()), None)
+    if empty is not None:
+        raise ValueError(f"{where} has no group in {name!r}, {unit} {empty}; say what that sample belongs to.")
+    return [word.strip() for word in words]
+
+
+def groups_of_array(where: str, values: np.ndarray, rows: int, name: str) -> list[str]:
+    """N groups from an array of whole numbers or words.
+
+    Raises:
+        ValueError: other values, or another shape.
+    """
+    if values.shape != (rows,) or values.dtype.kind not in "iuU":
+        raise ValueError(
+            f"{where} has {name!r} of shape {values.shape} and type {values.dtype} as groups of {rows} samples; save "
+            "one whole number or word each."
+        )
+    return read_groups(where, [str(value) for value in values.tolist()], name, range(rows))
+
+
+def check_groups(where: str, groups: Sequence[str], split: Tensor | None) -> None:
+    """No group in two splits, where a file says both.
+
+    Raises:
+        ValueError: one is.
+    """
+    if split is None or not groups:
+        return
+    parts: dict[str, int] = {}
+    for group, part in zip(groups, split.tolist(), strict=True):
+        if parts.setdefault(group, part) != part:
+            raise ValueError(
+                f"{where} has the group {group!r:.60} in two splits; put its samples into one, or leave out data.group."
+            )
+
+
 def split_of_array(where: str, values: np.ndarray, rows: int, unit: str) -> Tensor:
     """(N,) uint8 from an array of 0 (training), 1 (validation) and 2 (testing).
 

@@ -19,8 +19,18 @@ from hardmix.data.decode import OR_SKIP, UnreadableImageError, in_threads, read_
 from hardmix.data.folder import LARGEST_DEFAULT, SUFFIXES, _try_all
 from hardmix.data.images import check_channels
 from hardmix.data.numbers import Numbers
-from hardmix.data.own_splits import check_split
-from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _Sheet, _text, split_column
+from hardmix.data.own_splits import check_groups, check_split
+from hardmix.data.tables import (
+    MIN_ROWS,
+    _check_names,
+    _labels,
+    _listed,
+    _parquet,
+    _Sheet,
+    _text,
+    group_column,
+    split_column,
+)
 
 #: seed of the subset that `samples` draws
 SAMPLES_SEED = 0
@@ -34,6 +44,7 @@ def read_picture_table(
     *,
     target: str,
     file_column: str = "",
+    group: str = "",
     size: int = 0,
     channels: int = 3,
     fit: str = "pad",
@@ -50,6 +61,7 @@ def read_picture_table(
         folder: what the file names in the table are relative to; sub-folders are fine.
         table: a .parquet file, or text as for `load_table`; the path, or where there is none, the name in `folder`.
         target: the column of numbers.
+        group: the column that says which pictures belong together, such as a patient; "" for none.
         file_column: the column of file names; by default the only one of which a cell names a picture in `folder`.
         size: side in pixels; by default the median of the pictures' longer sides ("crop": shorter), at most 224. All
             pictures are kept in memory, `channels * size * size` bytes each.
@@ -84,8 +96,9 @@ def read_picture_table(
     labels = _labels(where, sheet, target)
     if len(labels) < MIN_ROWS:
         raise ValueError(f"{where} has {len(labels)} rows; pass a table with at least {MIN_ROWS}.")
+    groups, split = group_column(where, sheet, group, target), split_column(where, sheet)
+    check_groups(where, groups, split)
     names, paths = _files(where, folder, sheet, target, file_column)
-    split = split_column(where, sheet)
     rows = drawn(who, len(paths), samples)
     check_split(where, None if split is None else split[rows])
     missing = [row for row in rows if not os.path.isfile(paths[row])]
@@ -111,7 +124,9 @@ def read_picture_table(
     check_split(where, None if split is None else split[rows])
     split = None if split is None else split[rows]
     ids = [names[row] for row in rows]
-    return checked(who, Numbers(pixels, labels[rows], "images", target, "pictures", "yours", str(file), ids, split))
+    kept_groups = [groups[row] for row in rows] if groups else []
+    numbers = Numbers(pixels, labels[rows], "images", target, "pictures", "yours", str(file), ids, split)
+    return checked(who, numbers._replace(groups=kept_groups))
 
 
 def squared(picture: Tensor, size: int, *, fill: int | None = None) -> Tensor:

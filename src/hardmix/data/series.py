@@ -18,7 +18,7 @@ from torch import Tensor
 from hardmix import _check
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
-from hardmix.data.own_splits import find_split, is_split, split_of_array
+from hardmix.data.own_splits import check_groups, find_split, groups_of_array, is_split, split_of_array
 from hardmix.data.tables import MIN_ROWS
 
 #: seed of the draw of fewer samples than a set has
@@ -206,7 +206,7 @@ def read_ts(path: Path, *, target: str = "", samples: int = 0, missing: str = "e
     return _ts_numbers(who, pair, target or "label", samples, missing=missing)
 
 
-def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples: int = 0) -> Numbers:
+def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", group: str = "", samples: int = 0) -> Numbers:
     """The user's own series, from an .npz file as `numpy.savez` writes it; nothing in it is unpickled.
 
     An array called "split", in any case, if there is one, says with 0, 1 and 2 which samples are for training,
@@ -216,6 +216,7 @@ def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples
         path: the file.
         inputs: name of the array of series, (N, L) for one channel or (N, C, L), of real numbers.
         target: name of the array of labels, (N,).
+        group: name of an array (N,) that says which series belong together, such as a patient; "" for none.
         samples: number of series, drawn once for all; 0 for all.
 
     Raises:
@@ -228,7 +229,7 @@ def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples
         kind = "a folder" if path.is_dir() else "not there"
         raise FileNotFoundError(f"{who}: path is {shown(path)}, which is {kind}; pass an .npz file.")
     where = f"{who}: {shown(path)}"
-    arrays = _arrays(where, path, inputs, target)
+    arrays = _arrays(where, path, (inputs, target, *([group] if group else [])))
     x, y = arrays[inputs], arrays[target]
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise ValueError(f"{where} has {inputs!r} of shape {x.shape}; save series as (N, L) or (N, C, L).")
@@ -240,15 +241,18 @@ def read_series_npz(path: Path, *, inputs: str = "x", target: str = "y", samples
         raise ValueError(f"{where} has {len(x)} series; pass at least {MIN_ROWS}.")
     series = _float32(where, "row", torch.from_numpy(x.astype(np.float64)), range(len(x)))
     labels = _finite(where, "row", torch.from_numpy(y.astype(np.float64)), range(len(x)))
-    given = find_split(where, (name for name in arrays if name not in (inputs, target)))
+    given = find_split(where, (name for name in arrays if name not in (inputs, target, group)))
     split = None if given is None else split_of_array(where, arrays[given], len(x), "series")
+    groups = groups_of_array(where, arrays[group], len(x), group) if group else []
+    check_groups(where, groups, split)
     kept = _subset(who, path, torch.zeros(len(x), dtype=torch.uint8) if split is None else split, samples)
     ids = [f"row {row}" for row in kept.tolist()]
     chosen = _varied(where, target, labels[kept])
     if split is not None:
         split = split[kept]
     series = (series[:, None] if series.ndim == 2 else series)[kept]
-    return Numbers(series, chosen, "series", target, "series", "yours", str(path), ids, split)
+    together = [groups[row] for row in kept.tolist()] if groups else []
+    return Numbers(series, chosen, "series", target, "series", "yours", str(path), ids, split, groups=together)
 
 
 def _held(folder: Path, inner: str) -> Path | None:
@@ -487,15 +491,15 @@ def _filled(where: str, values: Tensor, train: int) -> Tensor:
     return torch.where(values.isnan(), own.float(), values)
 
 
-def _arrays(where: str, path: Path, inputs: str, target: str) -> dict[str, np.ndarray]:
-    """The arrays `inputs`, `target` and, if they are there, those that may say the split; real numbers all."""
+def _arrays(where: str, path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `needed`, the first two and, if they are there, those that may say the split of real numbers."""
     advice = "save it with numpy.savez(path, x=series, y=labels)"
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{where} is no .npz file; {advice}.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays.files)
-            got = {name: np.asarray(arrays[name]) for name in names if name in (inputs, target) or is_split(name)}
+            got = {name: np.asarray(arrays[name]) for name in names if name in needed or is_split(name)}
     except Exception as error:  # a damaged archive may raise anything
         if "allow_pickle" in str(error):
             raise ValueError(
@@ -503,12 +507,12 @@ def _arrays(where: str, path: Path, inputs: str, target: str) -> dict[str, np.nd
                 "or filled to one length."
             ) from None
         raise ValueError(f"{where} is damaged ({type(error).__name__}: {reason(error)}); {advice}.") from None
-    for name in (inputs, target):
+    for name in needed:
         if name not in got:
             listed = ", ".join(map(repr, names[:20])) or "none"
             raise ValueError(f"{where} has no array {name!r}; pass one of {listed}{_check.did_you_mean(name, names)}.")
     for name, array in got.items():
-        if array.dtype.kind not in "iuf":
+        if array.dtype.kind not in "iuf" and name not in needed[2:]:
             raise ValueError(f"{where} has {name!r} of type {array.dtype}; save real numbers.")
     return got
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,46 @@ def train_validation_split(labels: Tensor, fraction: float, *, seed: int) -> tup
     keep = torch.ones(len(group), dtype=torch.bool)
     keep[held_out] = False
     return keep.nonzero().flatten(), held_out
+
+
+def split_groups(groups: Sequence[str], test: float, validation: float, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut about test N test rows and validation N validation rows out of N; rows of one group stay together.
+
+    Groups are drawn one after another until as many rows as can be, from above or below, are nearest to the share; at
+    least one group for each split with a share above 0. The test rows depend on the groups, `test` and `seed` alone.
+
+    Args:
+        groups: N names.
+        test: share of the test split; 0 for none.
+        validation: share of the validation split; 0 for none.
+        seed: which groups.
+
+    Returns:
+        (training rows, validation rows, test rows), long, ascending, disjoint, together all N.
+
+    Raises:
+        ValueError: too few groups for a row of training.
+    """
+    who = "split_groups"
+    names = sorted(set(groups))
+    place = {name: k for k, name in enumerate(names)}
+    of = torch.tensor([place[group] for group in groups])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(_check.integer(who, "seed", seed, 0)))
+    sizes = torch.bincount(of, minlength=len(names))[order]
+    parts, left = [], order
+    for name, share in (("test", test), ("validation", validation)):
+        share, take = _check.between(who, name, share, 0.0, 1.0), 0
+        if share > 0.0 and len(left):
+            take = 1 + int((sizes.cumsum(0) - share * len(groups)).abs().argmin())
+        parts.append(torch.isin(of, left[:take]))
+        left, sizes = left[take:], sizes[take:]
+    if not len(left):
+        raise ValueError(
+            f"{who}: test {test:g} and validation {validation:g} of {len(names)} groups leave none for training; pass "
+            "smaller shares or more groups."
+        )
+    held, checked = parts
+    return tuple(rows.nonzero().flatten() for rows in (~(held | checked), checked, held))  # type: ignore[return-value]
 
 
 def rows_to_split(classes: int, fraction: float) -> int:

@@ -21,7 +21,15 @@ from torch import Tensor
 from hardmix import _check
 from hardmix._files import from_home
 from hardmix.data.decode import reason, shown
-from hardmix.data.own_splits import SPLIT_COLUMN, check_split, find_split, is_split, read_split
+from hardmix.data.own_splits import (
+    SPLIT_COLUMN,
+    check_groups,
+    check_split,
+    find_split,
+    is_split,
+    read_groups,
+    read_split,
+)
 
 TABLES = ("diabetes", "table")
 #: what to do about missing cells
@@ -52,6 +60,7 @@ class Table(NamedTuple):
         source: the path of the file, or the package that holds it.
         split: (N,) uint8 as in `Numbers`, from a column "split" of the file; None without one.
         rows: N numbers of the rows in the file; empty for diabetes.
+        groups: N cells of the column `group`; empty without one.
     """
 
     features: Tensor
@@ -63,6 +72,7 @@ class Table(NamedTuple):
     source: str
     split: Tensor | None = None
     rows: Sequence[int] = ()
+    groups: Sequence[str] = ()
 
 
 class _Sheet(NamedTuple):
@@ -74,7 +84,12 @@ class _Sheet(NamedTuple):
 
 
 def load_table(
-    name: str, path: str | os.PathLike[str] | None = None, *, target: str = "", missing: str = "error"
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    target: str = "",
+    missing: str = "error",
+    group: str = "",
 ) -> Table:
     """A table by name, or from a file with a header row.
 
@@ -92,6 +107,7 @@ def load_table(
             rows, those of a later test split included, and gives words the value "missing"; "drop" leaves out the
             rows with a warning; "keep" leaves NaN where a number is missing, for a mean over the training rows to go
             there, and treats words like "mean". A missing target is an error either way.
+        group: for "table": the column that says which rows belong together, such as a patient; no feature.
 
     Raises:
         ValueError: unknown name or target (the nearest one is offered), a damaged file, rows of another length than
@@ -104,7 +120,7 @@ def load_table(
     _check.choice(who, "name", name, TABLES)
     _check.choice(who, "missing", missing, MISSING)
     if name == "diabetes":
-        for argument, value in (("path", path), ("target", target)):
+        for argument, value in (("path", path), ("target", target), ("group", group)):
             if value:
                 raise ValueError(
                     f"{who}: {argument} is {str(value)!r}, but diabetes comes with scikit-learn; leave it out."
@@ -120,6 +136,7 @@ def load_table(
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)
     labels = _labels(where, sheet, target)
+    groups = group_column(where, sheet, group, target)
     keep = _complete(where, sheet, target, missing)
     if len(keep) < MIN_ROWS:
         left = f" {len(keep)} of {len(sheet.rows)} rows without missing cells" if missing == "drop" else ""
@@ -140,17 +157,19 @@ def load_table(
     split = None if is_split(target) else split_column(where, sheet)
     split = None if split is None else split[keep]
     check_split(where, split)
+    groups = [groups[row] for row in keep] if groups else []
+    check_groups(where, groups, split)
     names: list[str] = []
     columns: list[Tensor] = []
     for position, column in enumerate(sheet.names):
-        if column != target and not is_split(column):
+        if column not in (target, group) and not is_split(column):
             cells = [sheet.rows[row][position] for row in keep]
             more, values = _feature(where, column, cells, rows, fill=missing != "keep")
             names += more
             columns += values
     if not columns:
         raise ValueError(f"{where} has no column besides the target and {SPLIT_COLUMN!r}; add a feature.")
-    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file), split, rows)
+    return Table(torch.stack(columns, 1), labels, tuple(names), target, name, "yours", str(file), split, rows, groups)
 
 
 def split_column(where: str, sheet: _Sheet) -> Tensor | None:
@@ -160,6 +179,21 @@ def split_column(where: str, sheet: _Sheet) -> Tensor | None:
         return None
     position = sheet.names.index(name)
     return read_split(where, [row[position] for row in sheet.rows], sheet.numbers)
+
+
+def group_column(where: str, sheet: _Sheet, group: str, target: str) -> list[str]:
+    """R cells of the column that says which rows belong together; none where that is empty."""
+    if not group:
+        return []
+    others = [name for name in sheet.names if name != target and not is_split(name)]
+    if group not in others:
+        near = _check.did_you_mean(group, others)
+        raise ValueError(
+            f"{where} has no column of groups {group!r}; pass one of {_listed(map(repr, others), 20)}{near}."
+        )
+    position = sheet.names.index(group)
+    cells = (row[position] for row in sheet.rows)
+    return read_groups(where, ["" if _is_missing(cell) else cell for cell in cells], group, sheet.numbers)
 
 
 def split_rows(rows: int, test: float, validation: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:

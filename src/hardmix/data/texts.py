@@ -24,7 +24,7 @@ from hardmix._files import from_home
 from hardmix.data import tables
 from hardmix.data.decode import reason, shown
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
-from hardmix.data.own_splits import check_split, find_split, read_split
+from hardmix.data.own_splits import check_groups, check_split, find_split, read_groups, read_split
 
 #: the files of STS-B-DIR: the pairs that each one has, and their split
 STS_FILES = {"train": (5_249, TRAIN), "dev": (1_000, VALIDATION), "test": (1_000, TEST)}
@@ -165,7 +165,9 @@ def read_tate(path: Path, *, target: str = "") -> Numbers:
     )
 
 
-def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = "text", pair: str = "") -> Numbers:
+def read_texts(
+    path: str | os.PathLike[str] | None, *, target: str, text: str = "text", pair: str = "", group: str = ""
+) -> Numbers:
     """Your own texts, or pairs of texts, with a number each.
 
     Args:
@@ -174,6 +176,7 @@ def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = 
         target: key or column of the number to predict. In JSON Lines it is a number; "3.5" in quotes is refused.
         text: key or column of the text.
         pair: that of the second text of a pair; empty for texts of their own.
+        group: that which says which samples belong together, such as an author; empty for none.
 
     A key or column "split" with train, validation (or val, dev) or test says where a sample belongs; either every
     sample has it or none.
@@ -196,9 +199,12 @@ def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = 
     names = [text, pair, target] if pair else [text, target]
     if len(set(names)) < len(names):
         raise ValueError(f"{who}: text, pair and target are {', '.join(map(repr, names))}; pass different names.")
+    if group in names:
+        raise ValueError(f"{who}: group is {group!r}, which is the text, the pair or the target; pass another name.")
     where = f"{who}: {shown(file)}"
     lines = file.suffix.lower() in JSON_LINES
-    cells, labels, places, parts = _json_lines(where, file, names) if lines else _sheet(where, file, names)
+    read = _json_lines if lines else _sheet
+    cells, labels, places, parts, groups = read(where, file, names, group)
     place = "line" if lines else "row"
     texts = [tuple(row) for row in cells]
     empty = [number for row, number in zip(texts, places, strict=True) if not all(word.strip() for word in row)]
@@ -218,7 +224,8 @@ def read_texts(path: str | os.PathLike[str] | None, *, target: str, text: str = 
     ids = [f"{place} {number}" for number in places]
     split = None if parts is None else read_split(where, parts, places, lines=lines)
     check_split(where, split)
-    return Numbers(texts, labels, "texts", target, "texts", "yours", str(file), ids, split)
+    check_groups(where, groups, split)
+    return Numbers(texts, labels, "texts", target, "texts", "yours", str(file), ids, split, groups=groups)
 
 
 def _below(folder: Path, name: str) -> Path | None:
@@ -345,12 +352,12 @@ def _values(array: Any) -> tuple[tuple[int, ...], list[Any]]:
     raise ValueError("an array of another type")
 
 
-_Samples = tuple[list[list[str]], Tensor, Sequence[int], list[str] | None]
+_Samples = tuple[list[list[str]], Tensor, Sequence[int], list[str] | None, list[str]]
 
 
-def _json_lines(where: str, path: Path, names: list[str]) -> _Samples:
-    """Texts, (N,) float64 labels, line numbers, and the words under "split" if there are any."""
-    texts, labels, numbers, parts = [], [], [], []
+def _json_lines(where: str, path: Path, names: list[str], group: str) -> _Samples:
+    """Texts, (N,) float64 labels, line numbers, the words under "split" if there are any, and those under `group`."""
+    texts, labels, numbers, parts, groups = [], [], [], [], []
     for number, line in enumerate(_utf8(where, path).split("\n"), 1):
         if not line.strip():
             continue
@@ -360,7 +367,7 @@ def _json_lines(where: str, path: Path, names: list[str]) -> _Samples:
             raise ValueError(f"{where} is not JSON in line {number}; repair or delete it.") from None
         if not isinstance(item, dict):
             raise ValueError(f'{where} has no JSON object in line {number}; write {{"{names[0]}": ..., ...}}.')
-        for name in names:
+        for name in [*names, group] if group else names:
             if name not in item:
                 near = _check.did_you_mean(name, item)
                 listed = tables._listed(map(repr, item), 20) or "none"
@@ -371,10 +378,12 @@ def _json_lines(where: str, path: Path, names: list[str]) -> _Samples:
         texts.append([_text(where, number, name, item[name]) for name in names[:-1]])
         labels.append(_label(where, number, names[-1], item[names[-1]]))
         numbers.append(number)
+        groups.append("" if item.get(group) is None else str(item[group]))
         key = find_split(f"{where}, line {number},", (key for key in item if key not in names))
         parts.append("" if key is None else str(item[key] or ""))
     split = parts if any(parts) else None
-    return texts, torch.tensor(labels, dtype=torch.float64), numbers, split
+    together = read_groups(where, groups, group, numbers, "line") if group else []
+    return texts, torch.tensor(labels, dtype=torch.float64), numbers, split, together
 
 
 def _text(where: str, line: int, name: str, value: object) -> str:
@@ -400,7 +409,7 @@ def _label(where: str, line: int, name: str, value: object) -> float:
     return number
 
 
-def _sheet(where: str, path: Path, names: list[str]) -> _Samples:
+def _sheet(where: str, path: Path, names: list[str], group: str) -> _Samples:
     """The same of a table; its numbers are those of rows."""
     parquet = path.suffix.lower() in (".parquet", ".pq")
     sheet = tables._parquet(where, path) if parquet else tables._text(where, path)
@@ -414,4 +423,5 @@ def _sheet(where: str, path: Path, names: list[str]) -> _Samples:
     texts = [[row[column] for column in at] for row in sheet.rows]
     column = find_split(where, (name for name in sheet.names if name not in names))
     split = None if column is None else [row[sheet.names.index(column)] for row in sheet.rows]
-    return texts, tables._labels(where, sheet, names[-1]), sheet.numbers, split
+    together = tables.group_column(where, sheet, group, names[-1])
+    return texts, tables._labels(where, sheet, names[-1]), sheet.numbers, split, together

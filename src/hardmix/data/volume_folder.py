@@ -23,9 +23,9 @@ from hardmix import _check
 from hardmix._files import from_home
 from hardmix.data.decode import in_threads, reason, shown
 from hardmix.data.numbers import Numbers
-from hardmix.data.own_splits import check_split, find_split, is_split, split_of_array
+from hardmix.data.own_splits import check_groups, check_split, find_split, groups_of_array, is_split, split_of_array
 from hardmix.data.picture_folder import checked, folder_and_table
-from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text, split_column
+from hardmix.data.tables import MIN_ROWS, _check_names, _labels, _listed, _parquet, _text, group_column, split_column
 
 NIFTI = (".nii", ".nii.gz")
 SUFFIXES = (*NIFTI, ".npz", ".npy")
@@ -60,6 +60,7 @@ def read_volume_table(
     *,
     target: str,
     file_column: str = "",
+    group: str = "",
     size: int = 0,
 ) -> Numbers:
     """The volumes that a table names, with the number that it gives for each.
@@ -75,6 +76,7 @@ def read_volume_table(
         target: the column to predict.
         file_column: the column with the paths; "" takes one called file, filename, file_name, path or volume, or the
             only one that is left.
+        group: the column that says which volumes belong together, such as a patient; "" for none.
         size: N > 0 resamples every volume to N x N x N voxels, see `resample`; 0 keeps them, all of one shape then.
     Returns:
         Inputs (N, C, D, H, W): uint8 if all files are and float32 otherwise; ids are the paths of the table.
@@ -92,17 +94,21 @@ def read_volume_table(
     where = f"{who}: {shown(file)}"
     sheet = _parquet(where, file) if file.suffix.lower() in (".parquet", ".pq") else _text(where, file)
     _check_names(where, sheet.names, target)
-    column = sheet.names.index(_file_column(where, sheet.names, target, file_column))
+    groups = group_column(where, sheet, group, target)
+    others = [name for name in sheet.names if name != group]
+    column = sheet.names.index(_file_column(where, others, target, file_column))
     if len(sheet.rows) < MIN_ROWS:
         raise ValueError(f"{where} has {len(sheet.rows)} rows; pass a table with at least {MIN_ROWS}.")
     labels, split = _labels(where, sheet, target), split_column(where, sheet)
     check_split(where, split)
+    check_groups(where, groups, split)
     names = [row[column] for row in sheet.rows]
     inputs = _read_all(who, _paths(where, root, names, sheet.numbers), size)
-    return checked(who, Numbers(inputs, labels, "volumes", target, "volumes", "yours", str(file), names, split))
+    numbers = Numbers(inputs, labels, "volumes", target, "volumes", "yours", str(file), names, split)
+    return checked(who, numbers._replace(groups=groups))
 
 
-def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: int = 0) -> Numbers:
+def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", group: str = "", size: int = 0) -> Numbers:
     """One .npz file with the array x, (N, D, H, W) or (N, C, D, H, W), and the numbers (N,) in the array `target`.
 
     An array "split" (N,), in any case, of 0, 1 and 2 says which volumes are for training, validation and testing.
@@ -110,6 +116,7 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     Args:
         path: the file, as `numpy.savez` or `numpy.savez_compressed` writes it.
         target: the name of the array with the numbers.
+        group: the name of an array (N,) that says which volumes belong together; "" for none.
         size: N > 0 resamples every volume to N x N x N voxels, see `resample`; 0 keeps them.
     Returns:
         Inputs (N, C, D, H, W): uint8 stays, anything else becomes float32.
@@ -125,8 +132,9 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     if not file.is_file():
         raise FileNotFoundError(f"{who}: path is {shown(file)}, which is no file; pass an .npz file.")
     where = f"{who}: {shown(file)}"
-    arrays = _open_npz(where, file, ("x", target), most=MOST)
-    missing = [name for name in ("x", target) if name not in arrays]
+    needed = ("x", target, *([group] if group else []))
+    arrays = _open_npz(where, file, needed, most=MOST)
+    missing = [name for name in needed if name not in arrays]
     if missing:
         held = _listed(map(repr, arrays), 20) or "nothing"
         raise ValueError(
@@ -140,8 +148,10 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
         )
     if len(x) < MIN_ROWS:
         raise ValueError(f"{where} has {len(x)} volumes; pass at least {MIN_ROWS}.")
-    given = find_split(where, (name for name in arrays if name != target))
+    given = find_split(where, (name for name in arrays if name not in (target, group)))
     split = None if given is None else split_of_array(where, arrays[given], len(x), "volumes")
+    groups = groups_of_array(where, arrays[group], len(x), group) if group else []
+    check_groups(where, groups, split)
     labels = torch.from_numpy(y.astype(np.float64))
     for name, values in (("x", x), (target, labels)):
         if values.is_floating_point():
@@ -154,7 +164,8 @@ def read_volume_npz(path: str | os.PathLike[str], *, target: str = "y", size: in
     x = x if x.ndim == 5 else x[:, None]
     if size:
         x = torch.stack([resample(volume, size) for volume in x])
-    return checked(who, Numbers(x, labels, "volumes", target, "volumes", "yours", str(file), split=split))
+    numbers = Numbers(x, labels, "volumes", target, "volumes", "yours", str(file), split=split, groups=groups)
+    return checked(who, numbers)
 
 
 def read_nifti(path: Path, who: str = "read_nifti") -> Scan:

@@ -59,14 +59,14 @@ SETS: dict[str, Mapping[str, Any]] = {
 #: keys of the data section that a task does not read; what a set of numbers or pairs does not take, it refuses itself
 _OF_OTHERS = (
     *("domain", "styles", "samples", "test", "imbalance", "imbalance_law", "target", "labels", "inputs", "max_length"),
-    *("captions", "pair", "missing"),
+    *("captions", "pair", "missing", "group"),
 )
 UNREAD = {
     "classification": _OF_OTHERS,
     "few-labels": _OF_OTHERS,
     "regression": ("styles", "max_length", "captions"),
-    "image-text": (),
-    "modalities": (),
+    "image-text": ("group",),
+    "modalities": ("group",),
 }
 #: tasks that may start from another run, and from one of which
 STARTS = {"image-text": ("image-text",), "few-labels": ("classification", "few-labels")}
@@ -189,6 +189,8 @@ class Recipe(Section):
         for key in UNREAD[self.task]:
             if getattr(self.data, key) != DataSection.model_fields[key].get_default(call_default_factory=True):
                 yield f'data.{key} is not read by task "{self.task}"; leave it out'
+        if self.data.group and self.data.imbalance > 1.0:
+            yield "data.imbalance draws samples one by one, which data.group keeps together; leave one of them out"
         if self.model.kind != self.data.kind:
             yield (
                 f'model.name is "{self.model.name}", which takes {self.model.kind}, but data.name is '

@@ -97,6 +97,11 @@ class DataSection(Section):
         "all", description="of a picture with several texts, train on one by chance, or on the first"
     )
     pair: str = Field("", description="column of the second text of a pair; empty: single texts")
+    group: str = Field(
+        "",
+        description="column, key or array that says which samples belong together, such as a patient; no two splits "
+        "share one",
+    )
     missing: Literal["error", "mean", "drop"] = Field("error", description="what to do with empty cells of a table")
 
     @field_validator("name")

@@ -16,6 +16,7 @@ from hardmix._files import from_home
 from hardmix.data.imbalance import balanced_rows, imbalanced_rows, split_imbalanced
 from hardmix.data.number_sets import Options, load_numbers
 from hardmix.data.numbers import TEST, TRAIN, VALIDATION, Numbers
+from hardmix.data.splits import split_groups
 from hardmix.data.tables import split_rows
 from hardmix.train.errors import RunError
 from hardmix.train.sections import DataSection
@@ -127,9 +128,14 @@ class NumberData:
 
     def leave_out(self, tested: NumberData) -> None:
         """Pre-train on no sample that another part of the same files is validated or tested on."""
-        held = {tested.place(int(row)) for part in ("validation", "test") for row in tested.rows[part]}
-        train = self.rows["train"]
-        kept = torch.tensor([self.place(int(row)) not in held for row in train], dtype=torch.bool)
+        rows = [int(row) for part in ("validation", "test") for row in tested.rows[part]]
+        held = {tested.place(row) for row in rows}
+        groups = {tested.numbers.groups[row] for row in rows} if tested.numbers.groups else set()
+        train, own = self.rows["train"], self.numbers.groups
+        kept = torch.tensor(
+            [self.place(row) not in held and not (own and own[row] in groups) for row in train.tolist()],
+            dtype=torch.bool,
+        )
         if bool(kept.all()):
             return
         count = f"{int((~kept).sum())} of {len(train)} samples"
@@ -174,6 +180,7 @@ def read(section: DataSection) -> Numbers:
         labels=section.labels,
         inputs=section.inputs,
         pair=section.pair,
+        group=section.group,
     )
     return load_numbers(section.name, section.path or None, options)
 
@@ -214,13 +221,19 @@ def split(numbers: Numbers, section: DataSection, seed: int) -> tuple[Tensor, Te
     labels, count = numbers.labels, len(numbers.labels)
     law, ratio = section.imbalance_law, section.imbalance
     if numbers.split is None:
+        if numbers.groups:
+            return _large_enough(numbers, *split_groups(numbers.groups, section.test, section.validation, seed=seed))
         if ratio == 1.0:
             return split_rows(count, section.test, section.validation, seed)
         return split_imbalanced(
             labels, law=law, ratio=ratio, test=section.test, validation=section.validation, seed=seed, short=SHORT
         )
     train, validation, test = ((numbers.split == part).nonzero().flatten() for part in (TRAIN, VALIDATION, TEST))
-    if len(validation) == 0 and section.validation:
+    if len(validation) == 0 and section.validation and numbers.groups:
+        together = [numbers.groups[row] for row in train.tolist()]
+        kept, held_out, _ = split_groups(together, 0.0, section.validation, seed=derive(seed, "validation"))
+        train, validation = train[kept], train[held_out]
+    elif len(validation) == 0 and section.validation:
         order = torch.randperm(len(train), generator=generator(seed, "validation"))
         held = round(section.validation * len(train))
         validation, train = train[order[:held].sort().values], train[order[held:].sort().values]
@@ -228,6 +241,10 @@ def split(numbers: Numbers, section: DataSection, seed: int) -> tuple[Tensor, Te
         draw = derive(seed, "imbalance")
         train = train[imbalanced_rows(labels[train], law=law, ratio=ratio, seed=draw, short=SHORT)]
         test = test[balanced_rows(labels[test], rows=len(test) // 2, seed=draw)]
+    return _large_enough(numbers, train, validation, test)
+
+
+def _large_enough(numbers: Numbers, train: Tensor, validation: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(train) < 2 or len(test) < 2:
         raise ValueError(
             f"data: {numbers.name} is left with {len(train)} samples for training and {len(test)} for testing; "
