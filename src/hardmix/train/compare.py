@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from queue import Empty
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
-from hardmix.train.errors import Interrupted, RecipeError, RunError
+from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
 from hardmix.train.files import new_folder, write_json
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
 from hardmix.train.run_folder import problem_with, read_summary
+from hardmix.train.side_by_side import GO_ON, Job, Watch, side_by_side
 from hardmix.train.start import prepare_start
-from hardmix.train.stop import follow_parent
 from hardmix.train.tasks import TASKS
 from hardmix.train.tasks.number_data import digest_now
 
-#: told about runs: (run number, what the loop reports; {"done": True} at the end)
-Watch = Callable[[int, dict[str, Any]], None]
-
 #: keys of a recipe's data that change what is trained on, not what is tested
 OF_TRAINING = frozenset(("augment", "workers", "on_error", "train_samples", "validation", "captions", "image_size"))
-
-GO_ON = "stopped; finished runs are kept, the same command goes on with the others."
-
-
-class Job(NamedTuple):
-    """One run of a comparison."""
-
-    recipe: Recipe
-    folder: Path
 
 
 def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
@@ -164,17 +144,13 @@ def compare(
                 if not (job.folder / "summary.json").is_file():
                     prepare_start(job.recipe)
             if workers == 1:
-                for number, job in enumerate(jobs):
-                    run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
-                    watch(number, {"done": True})
+                _one_by_one(jobs, watch)
             else:
-                _side_by_side(jobs, workers, watch)
+                side_by_side(jobs, workers, max(1, _cores() // workers), watch)
     except Interrupted as stopped:
         raise Interrupted(GO_ON, stopped.signum) from None
     except KeyboardInterrupt:
         raise Interrupted(GO_ON, signal.SIGINT) from None
-    except BrokenProcessPool:
-        raise RunError("a run was killed, perhaps for memory; try again with fewer --jobs.") from None
     result = summarise(recipes, seeds, jobs, out, command=command, title=title)
     write_json(out / "comparison.json", result)
     write_csv(out)
@@ -282,87 +258,16 @@ def _nobody(number: int, event: dict[str, Any]) -> None:
     """Nobody watches."""
 
 
-def _side_by_side(jobs: list[Job], workers: int, watch: Watch) -> None:
-    """Runs in processes of their own, each with its share of the threads; events come back over a queue."""
-    context = multiprocessing.get_context("spawn")
-    waiting = list(enumerate(jobs))
-    running: set[Future[None]] = set()
-    with context.Manager() as manager, _sigterm_raises():
-        events = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _start_worker, (max(1, _cores() // workers),)) as pool:
-            try:
-                while waiting or running:
-                    # No more than there are workers: what the pool has taken in can't be called back.
-                    while waiting and len(running) < workers:
-                        running.add(pool.submit(_work, *waiting.pop(0), events))
-                    _tell(events, watch)
-                    for future in [f for f in running if f.done()]:
-                        running.remove(future)
-                        future.result()
-                _tell(events, watch)
-            except BaseException:
-                # The workers save a checkpoint and end; leaving the pool waits for them.
-                for process in (pool._processes or {}).values():
-                    process.terminate()
-                raise
-
-
-def _tell(events: Any, watch: Watch) -> None:
-    """Hand on the events that are there, waiting a moment for the first."""
-
-    def hand_on(number: int, event: dict[str, Any]) -> None:
-        if "warning" in event:
-            warnings.warn_explicit(*event["warning"])
-        else:
-            watch(number, event)
-
-    try:
-        hand_on(*events.get(timeout=0.1))
-        for _ in range(events.qsize()):
-            hand_on(*events.get_nowait())
-    except Empty:
-        return
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the comparison like Ctrl-C, instead of leaving its workers behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(signum: int, frame: object) -> None:
-        raise Interrupted(GO_ON, signum)
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _one_by_one(jobs: list[Job], watch: Watch) -> None:
+    """All runs in this process."""
+    for number, job in enumerate(jobs):
+        try:
+            run_recipe(job.recipe, job.folder, resume=True, progress=partial(watch, number))
+        except (RunError, CheckpointError) as error:
+            raise job.blamed(error) from None
+        watch(number, {"done": True})
 
 
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker(threads: int) -> None:
-    follow_parent()
-    torch.set_num_threads(threads)
-
-
-def _work(number: int, job: Job, events: Any) -> None:
-    def warn(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: Any = None,
-        line: str | None = None,
-    ) -> None:
-        events.put((number, {"warning": (str(message), category, filename, lineno)}))
-
-    # Every worker would tell the same, and only the first process knows how.
-    warnings.showwarning = warn
-    run_recipe(job.recipe, job.folder, resume=True, progress=lambda event: events.put((number, event)))
-    events.put((number, {"done": True}))
