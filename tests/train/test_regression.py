@@ -217,6 +217,22 @@ def test_nothing_is_pretrained_on_of_a_group_that_is_tested(tmp_path) -> None:
     assert own.isdisjoint(task.source.numbers.groups[int(row)] for row in task.source.rows["train"])
 
 
+def test_raw_labels_of_a_contrast_are_those_of_the_file(tmp_path) -> None:
+    path = tmp_path / "ages.csv"
+    path.write_text("x,age\n" + "".join(f"{i % 9},{20 + (i * 7) % 60}\n" for i in range(200)))
+    sets = [f"data.path={path}", "data.target=age", "contrast.labels=raw", "contrast.objective.window=5"]
+    task = Regression(load_recipe("table-supremix-joint", sets))
+    ages = task.data.labels("train")
+    seen = task._contrasted(task.data.scale(ages))
+    assert seen.equal(ages)
+    assert task.data.scale(ages).double().mul(task.data.scale.std).add(task.data.scale.mean).ne(ages).any()
+    between = task.data.scale((ages[:20] + ages[1:21]) / 2 + 0.25)  # what a policy mixes
+    assert torch.allclose(task._contrasted(between), (ages[:20] + ages[1:21]) / 2 + 0.25)
+    assert (
+        run_recipe(load_recipe("table-supremix-joint", [*sets, "train.epochs=3"]), tmp_path / "run")["test"]["mae"] > 0
+    )
+
+
 def test_missing_cells_are_filled_from_the_training_rows_alone(tmp_path) -> None:
     split = ["train"] * 8 + ["test"] * 4
     x = [1, 2, 3, "", 5, 6, 7, 8, 1000, 1000, 1000, ""]

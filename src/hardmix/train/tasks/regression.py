@@ -96,6 +96,7 @@ class Regression:
         if any(True for _ in self.objective.parameters()):
             self.model.objective = self.objective
         self.contrast = None
+        self.levels = self.source.labels("train").unique()
         if section is not None:
             own = self.source.scale(self.source.labels("train"))
             self.contrast = build_contrast(section.objective, self._contrasted(own))
@@ -254,16 +255,30 @@ class Regression:
             return self.contrast(embeddings, labels, generator=self.shared)
         if isinstance(self.contrast, ConRLoss):
             assert predictions is not None
-            scaled = self._contrasted(predictions)
+            # only differences count
+            scaled = predictions * float(self.source.scale.std) if self._raw else predictions
             return self.contrast(embeddings, labels, scaled if views == 1 else scaled.view(len(labels), views))
         if self.recipe.contrast is not None and self.recipe.contrast.objective.name in JOINT_CONTRASTS:
             return self.contrast(rows, labels.repeat_interleave(views))
         return self.contrast(embeddings, labels)
 
     def _contrasted(self, y: Tensor) -> Tensor:
-        """Standardised labels in the unit that the contrast's settings are in; only differences count there."""
-        section = self.recipe.contrast
-        return y * float(self.source.scale.std) if section is not None and section.labels == "raw" else y
+        """Standardised labels in the unit that the contrast's settings are in.
+
+        Labels of training samples come back to the last digit: those that are 5 years apart are not within a window of
+        5, and rounding would take every third such pair for one.
+        """
+        if not self._raw:
+            return y
+        raw, levels = self.source.scale.back(y.detach().cpu()), self.levels
+        place = torch.searchsorted(levels, raw).clamp(1, len(levels) - 1)
+        near = torch.where(raw - levels[place - 1] < levels[place] - raw, levels[place - 1], levels[place])
+        raw = torch.where((near - raw).abs() <= 1e-5 * self.source.scale.std, near, raw)
+        return raw.to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)  # Apple's has no float64
+
+    @property
+    def _raw(self) -> bool:
+        return self.recipe.contrast is not None and self.recipe.contrast.labels == "raw"
 
     def predict(self, model: nn.Module, split: str, device: torch.device) -> Tensor:
         """(N,) predictions of a split in the labels' unit, on the CPU; each rank computes its part."""
