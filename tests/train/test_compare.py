@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hardmix.train.compare import cautions, compare
-from hardmix.train.errors import RunError
+from hardmix.train.errors import RecipeError, RunError
 from hardmix.train.recipe import load_recipe
+
+from .conftest import tiny
 
 
 def test_recipes_that_are_tested_or_trained_on_other_samples_are_told() -> None:
@@ -38,3 +40,18 @@ def test_a_comparison_takes_no_other_files_place(tmp_path, file, told) -> None:
         compare([load_recipe("demo-none")], [0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [file]
     assert (tmp_path / file).read_text() == "mine"
+
+
+@pytest.mark.parametrize("seeds", [[], [0, 1, 0]])
+def test_each_seed_counts_once(seeds, tmp_path) -> None:
+    with pytest.raises(RecipeError, match="pass each once"):
+        compare([load_recipe("demo-none")], seeds, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_changed_is_told_before_another_is_trained(tmp_path) -> None:
+    old = tiny(name="old", train={"epochs": 1, "warmup_epochs": 0})
+    compare([old], [0], tmp_path, workers=1)
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        compare([tiny(name="new"), old.model_copy(update={"train": tiny().train})], [0], tmp_path, workers=1)
+    assert not (tmp_path / "new").exists()

@@ -30,8 +30,10 @@ def plan_jobs(recipes: list[Recipe], seeds: list[int], out: Path) -> list[Job]:
     """Every recipe on every seed; seeds outermost, so that an interrupted comparison is still a fair one.
 
     Raises:
-        RecipeError: two of one name, or recipes that are not measured by the same.
+        RecipeError: two of one name, or recipes that are not measured by the same; no seed, or one twice.
     """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise RecipeError(f"seeds are {seeds}; pass each once, since a run that counts twice makes differences surer.")
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -78,17 +80,17 @@ def cautions(recipes: list[Recipe]) -> list[str]:
 
 
 def _check_kept(jobs: list[Job]) -> None:
-    """Finished runs are kept, unless their samples have changed since: they would be compared with others.
+    """Runs that are there are kept, unless their recipe or samples have changed since: others would be compared.
 
     Raises:
         RunError: they have.
     """
     now: dict[str, str | None] = {}
     for job in jobs:
+        if problem := problem_with(job.recipe, job.folder, True):  # before any run, and before samples are blamed
+            raise RunError(problem)
         if job.recipe.task != "regression" or not (job.folder / "summary.json").is_file():
             continue
-        if problem := problem_with(job.recipe, job.folder, True):  # first, since it may be the recipe that changed
-            raise RunError(problem)
         data = read_summary(job.folder).get("data", {})
         contrast = job.recipe.contrast
         parts = [(job.recipe.data, data)]
