@@ -264,7 +264,7 @@ def _print_tests(tests: list[tuple[str, dict[str, Any]]], metric: str) -> None:
         # A measure may not be defined for one of them, such as a correlation of constants.
         known = test["difference"] is not None and math.isfinite(test["difference"])
         values = [factor * test[end] for end in ("difference", "low", "high") if known and test[end] is not None]
-        difference, *ends = _alike(values, 2, "+") if known else ["n/a"]
+        difference, *ends = _alike(values, 2, "+", fixed=bool(unit)) if known else ["n/a"]
         difference += unit if known else ""
         if test["p"] is None:
             lines.append((escape(name), difference, "the same in every seed, not tested" if known else "", ""))
@@ -307,11 +307,12 @@ def _with_interval(value: dict[str, Any], metric: str) -> str:
     return " ±".join(_alike([mean, half], 3))
 
 
-def _alike(values: Sequence[float], places: int, sign: str = "") -> list[str]:
-    """Numbers that belong together, with `places` decimals, or as many more as show three digits of the largest; errors
-    of a target in thousandths would all be 0.000."""
+def _alike(values: Sequence[float], places: int, sign: str = "", fixed: bool = False) -> list[str]:
+    """Numbers that belong together, with `places` decimals, or unless these are `fixed` as many more as show three
+    digits of the largest; errors of a target in thousandths would all be 0.000."""
     largest = max(map(abs, values))
     size = math.floor(math.log10(largest)) if largest and math.isfinite(largest) else 0
+    size = 0 if fixed else size
     if not -5 < size < 9:
         return [f"{value:{sign}.2e}" for value in values]
     texts = [f"{value:{sign}.{max(places, 2 - size)}f}" for value in values]

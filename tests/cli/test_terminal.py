@@ -138,6 +138,9 @@ def test_numbers_of_any_size_keep_their_digits(screen) -> None:
     assert all(cell in shown for cell in ("0.00123 ±0.00012", "1.23e-08 ±1.23e-09", "12345.678 ±1234.568"))
     assert "-1.23e-09 [-2.47e-09, +1.23e-14] p < 0.001 (0.002)" in shown
     assert "-1234.57 [-2469.14, +0.01]" in shown
+    points = {"difference": 0.00188, "low": -0.0062, "high": 0.00996, "p": 0.4, "p_holm": 0.8}
+    terminal._print_tests([("small", points)], "top1")
+    assert "+0.19 points [-0.62, +1.00]" in " ".join(written.getvalue().split())
     result["table"][1]["versus_first"]["mae"] |= {"difference": -1e-9, "low": -0.02, "p_holm": 4e-5}
     written = screen(120)
     terminal.print_comparison(result)
