@@ -108,7 +108,11 @@ def one_bar(name: str) -> Iterator[Any]:
             note = f"epoch {event['epoch']}/{event['epochs']} {_note(event)}"
             bar.update(task, total=event["steps"], completed=event["step"], note=note)
 
-        yield tell
+        try:
+            yield tell
+        finally:
+            if bar.tasks[task].total is None:  # no step was made, of which an error speaks, or a run without training
+                bar.update(task, visible=False)
 
 
 @contextmanager

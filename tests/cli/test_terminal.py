@@ -107,6 +107,14 @@ def test_progress_keeps_steps_and_the_time_left(screen, width, has_bar) -> None:
     assert "epoch" in last
 
 
+def test_a_run_without_a_step_leaves_no_bar(screen) -> None:
+    for is_terminal in (True, False):
+        written = screen(120, is_terminal)
+        with pytest.raises(ValueError, match="no such folder"), terminal.one_bar("mine"):
+            raise ValueError("no such folder")
+        assert "mine" not in written.getvalue().rpartition("\x1b[2K")[2]
+
+
 def test_a_summary_leaves_out_what_the_number_of_classes_decides(screen) -> None:
     written = screen(120)
     data = {"test": 40, "classes": ["cat", "dog"]}

@@ -353,6 +353,15 @@ def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     return info
 
 
+def test_names_without_a_picture_or_a_caption_are_told(tmp_path: Path) -> None:
+    dotted = [(f"img.v{k}.{kind}", b"") for k in range(3) for kind in ("png", "txt")]
+    for files in ([], [("1.cls", b"3")], dotted):
+        with pytest.raises(
+            ValueError, match=r"holds no pictures with captions; call them 1\.jpg and 1\.txt, or 1\.json: w"
+        ):
+            read_shards(shard(tmp_path / "x.tar", files))
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("x.png", tarfile.SYMTYPE), ("x.txt", tarfile.LNKTYPE), ("x.png", tarfile.CHRTYPE)]
 )
@@ -423,7 +432,7 @@ def test_cut_and_damaged_shards_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=damaged):
             read_shards(path)
     path.write_bytes(bytes(1024))  # the end alone: an empty .tar
-    with pytest.raises(ValueError, match="gives 0 pictures with captions; pass at least 2"):
+    with pytest.raises(ValueError, match="holds no pictures with captions; call them 1"):
         read_shards(path)
     path.write_bytes(whole)
     assert reds(read_shards(path)) == [1, 2, 3, 4, 5]

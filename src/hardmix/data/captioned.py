@@ -177,6 +177,11 @@ def read_shards(
                 continue
             name = shard / f"{key}{suffix}"
             pictures[name], captions[name] = pieces[suffix], texts
+    if not pictures and not lacking:
+        raise ValueError(
+            f"{who}: {shown(place)} holds no pictures with captions; call them 1.jpg and 1.txt, or 1.json: what is "
+            "before the first dot tells which belong together."
+        )
     if lacking:
         every = f"{len(lacking)} of {len(lacking) + len(pictures)} samples ({_listed(lacking, 5)})"
         if on_error == "raise":
