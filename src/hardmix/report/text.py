@@ -373,7 +373,7 @@ def show(key: str, value: float | None, digits: int = 2) -> str:
         return "n/a"
     if metric(key).percent:
         return f"{minus(f'{100 * value:.{digits}f}')}\u00a0%"
-    return minus(f"{value:#.4g}".rstrip("."))
+    return minus(_whole(value) or f"{value:#.4g}".rstrip("."))
 
 
 def show_difference(key: str, value: float | None, digits: int = 2) -> str:
@@ -382,7 +382,12 @@ def show_difference(key: str, value: float | None, digits: int = 2) -> str:
         return "n/a"
     if metric(key).percent:
         return f"{minus(f'{100 * value:+.{digits}f}')}\u00a0points"
-    return minus(f"{value:+.3g}")
+    return minus(_whole(value, "+") or f"{value:+.3g}")
+
+
+def _whole(value: float, sign: str = "") -> str:
+    """A large number without an exponent, as its interval has it; nothing for another one."""
+    return f"{value:{sign}.0f}" if 1e3 <= abs(value) < 1e6 else ""
 
 
 def show_range(key: str, low: float | None, high: float | None, *, signed: bool = False, digits: int = 2) -> str:
