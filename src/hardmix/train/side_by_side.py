@@ -77,7 +77,8 @@ def side_by_side(jobs: list[Job], workers: int, threads: int, watch: Watch) -> N
     team: list[_Worker] = []
     with _sigterm_raises():
         try:
-            team += [_Worker(threads) for _ in range(min(workers, len(jobs)))]
+            for _ in range(min(workers, len(jobs))):
+                team.append(_Worker(threads))  # one by one, so that those that are there are ended if another can't be
             while waiting or any(worker.run is not None for worker in team):
                 for worker in team:
                     if worker.run is None and waiting:
