@@ -34,6 +34,19 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def refuse_transforms(what: str) -> None:
+    """For what has no form but one with a hand-written backward pass; torch's own refusal speaks of that pass.
+
+    Raises:
+        NotImplementedError: under a function transform or forward-mode differentiation.
+    """
+    if not torch.compiler.is_compiling() and is_transformed():
+        raise NotImplementedError(
+            f"{what} have a backward pass written by hand, which torch.func and forward-mode differentiation can't "
+            "use; call backward() or torch.autograd.grad."
+        )
+
+
 def readable(x: Tensor) -> bool:
     """Whether the values of a tensor can be looked at without waiting for a device or breaking a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()

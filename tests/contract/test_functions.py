@@ -6,8 +6,10 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import hardmix
+from hardmix import losses
 
 ROOT = Path(hardmix.__file__).parent
 
@@ -67,3 +69,28 @@ def test_the_check_sees(body: str) -> None:
     (forward,) = ast.parse(f"def forward(ctx, x, y):\n {body}").body
     assert isinstance(forward, ast.FunctionDef)
     assert written_in_place(forward) != []
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: losses.clip_loss(z, torch.eye(4), 10.0),
+        lambda z: losses.supcon_loss(z, torch.tensor([0, 0, 1, 1])),
+        lambda z: losses.supremix_loss(z, torch.arange(4.0), window=2.0, mix_neg=False),
+        lambda z: losses.rank_n_contrast_loss(z, torch.arange(4.0)),
+        lambda z: losses.ranksim_loss(z, torch.arange(4.0)),
+    ],
+    ids=["clip", "supcon", "supremix", "rank-n-contrast", "ranksim"],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # from inside torch, of a kind that changes
+def test_function_transforms_are_refused_in_our_own_words(loss) -> None:
+    z = torch.nn.functional.normalize(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert loss(z).isfinite()
+    ways = (
+        lambda: torch.func.grad(loss)(z),
+        lambda: torch.func.vmap(loss)(z[None]),
+        lambda: torch.func.jvp(loss, (z,), (z,)),
+    )
+    for way in ways:
+        with pytest.raises(NotImplementedError, match=r"have a backward pass written by hand, which torch\.func"):
+            way()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -122,3 +123,10 @@ def test_holm_is_between_the_plain_p_and_bonferroni(p_values: list[float]) -> No
 def test_bad_inputs_are_named(call, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_missing_scipy_is_told(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for of in (lambda: mean_interval([1.0, 2.0]), lambda: paired_test([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])):
+        with pytest.raises(ImportError, match=r"^mean_interval, paired_test: SciPy is not installed; pip install"):
+            of()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix._math import CPU, first_only
+from hardmix._math import CPU, first_only, refuse_transforms
 from hardmix.kernels import tied_mixtures as tied
 
 #: Up to so many rows the Gram matrix is formed whole; above, its parts are formed when they are needed.
@@ -147,6 +147,7 @@ def label_contrast(z: Tensor, contrast: Contrast) -> tuple[Tensor, Tensor]:
     Returns:
         (M,) losses and (M,) counts. First derivatives only.
     """
+    refuse_transforms("label_contrast: contrasts that compare labels")
     with _full_precision(z):
         loss, count = _LabelContrast.apply(z, contrast)
     return loss, count

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hardmix._math import CPU, first_only, softplus
+from hardmix._math import CPU, first_only, refuse_transforms, softplus
 
 #: Up to so many rows there is one tile.
 DENSE_ROWS = 1024
@@ -109,6 +109,7 @@ def pair_contrast(
         (T, 2, last - first): term, image or text as the anchor, anchor. -inf where there is no other row. First
         derivatives only, with respect to rows, coefficients and bias; NotImplementedError tells who asks for a second.
     """
+    refuse_transforms("pair_contrast: losses of image-text pairs")
     last = len(a) if last is None else last
     tiles = tile_rows(len(a), a.device, (first, last)) if tiles is None else tiles
     assert {first, last} <= {0, *(tile.stop for tile in tiles)}, "anchors are whole tiles"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardmix._math import first_only
+from hardmix._math import first_only, refuse_transforms
 
 #: Up to so many rows the slopes of all pairs are kept for the gradient; above, they are computed once more.
 DENSE_ROWS = 1024
@@ -42,6 +42,7 @@ def rank_contrast(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     Returns:
         (M,) in the dtype of z. First derivatives only.
     """
+    refuse_transforms("rank_contrast: contrasts of ranked labels")
     distinct, group = labels.unique(dim=0, return_inverse=True)
     place = group.argsort(stable=True)
     batch = _Batch(distinct.to(z.device), group[place], place.to(z.device), temperature)

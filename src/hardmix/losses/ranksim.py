@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import _check
-from hardmix._math import TIE, first_only, unit
+from hardmix._math import TIE, first_only, refuse_transforms, unit
 from hardmix.losses._rows import labelled_rows, reduce_anchors
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -60,6 +60,7 @@ def ranksim_loss(features: Tensor, labels: Tensor, *, step: float = 2.0, reducti
     _check_options(who, step, reduction)
     # Only the first row of a label is used, so views of a sample would be left out in silence: there are none.
     x = labelled_rows(who, features, labels, name="features", views=False)
+    refuse_transforms("ranksim_loss: ranks")
     order = x.labels.argsort(stable=True)
     y = x.labels[order]
     first = torch.ones_like(y, dtype=torch.bool)

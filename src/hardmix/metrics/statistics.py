@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hardmix import _check
 
@@ -88,9 +88,7 @@ def paired_test(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) 
     error = _standard_error(differences, difference)
     if error <= 4 * sys.float_info.epsilon * max(map(abs, first + second)):
         return PairedTest(difference, None, None, None)
-    from scipy.special import stdtr
-
-    p = 2.0 * float(stdtr(len(differences) - 1, -abs(difference) / error))
+    p = 2.0 * float(_special().stdtr(len(differences) - 1, -abs(difference) / error))
     return PairedTest(difference, low, high, p)
 
 
@@ -155,6 +153,12 @@ def _scale(numbers: Sequence[float]) -> float:
 
 
 def _t_quantile(level: float, freedom: int) -> float:
-    from scipy.special import stdtrit
+    return float(_special().stdtrit(freedom, (1.0 + level) / 2.0))
 
-    return float(stdtrit(freedom, (1.0 + level) / 2.0))
+
+def _special() -> Any:
+    try:
+        from scipy import special
+    except ImportError:
+        raise ImportError("mean_interval, paired_test: SciPy is not installed; pip install scipy.") from None
+    return special
