@@ -90,7 +90,9 @@ TAGS = """
     html head meta title style body main header section article footer h1 h2 h3 h4 p b i em strong small span bdi div
     dl dt dd ul ol li table thead tbody tr th td figure figcaption img details summary pre code
 """
-ATTRIBUTES = "lang charset http-equiv content name class style scope src alt width height role aria-hidden"
+ATTRIBUTES = """
+    lang charset http-equiv content name class style scope src alt width height role aria-hidden aria-label tabindex
+"""
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

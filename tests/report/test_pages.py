@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hardmix.report import write_comparison_report, write_csv, write_run_report
+from hardmix.report import page, write_comparison_report, write_csv, write_run_report
 from hardmix.report.text import show_difference
 
 from .fake_runs import DEMO, METRICS, write_comparison, write_run
@@ -248,6 +248,13 @@ def test_colour_and_large_images(tmp_path: Path, quick_plots: None) -> None:
         page = write_run_report(tmp_path / kind)
         check_page(page)
         assert page.read_text("utf-8").count(f"data:image/{kind};") == 32
+
+
+def test_tables_that_scroll_can_be_scrolled_with_the_keyboard() -> None:
+    templates = Path(page.__file__).parent / "templates"
+    for template in templates.glob("*.j2"):
+        for box in re.findall(r'<div class="scroll"[^>]*>', template.read_text("utf-8")):
+            assert 'tabindex="0"' in box, template.name
 
 
 @pytest.fixture(scope="module")

@@ -578,7 +578,7 @@ def test_a_split_of_ones_own_that_shares_texts_is_told(drawings, tmp_path) -> No
         for number, thing in enumerate(THINGS):
             split = "test" if number % 3 == 0 else "train"
             rows.writerow([f"{number}.png", "a thing" if number % 8 == 0 else thing, split])
-    with pytest.warns(UserWarning, match="1 texts of captions are of pictures to train on and to test on"):
+    with pytest.warns(UserWarning, match="1 of the texts of captions belong to pictures to train on"):
         task = ImageText(pairs(tmp_path))
     # The first text is what is looked for, so all pictures that have it are right.
     assert len(task.data.concept[::8].unique()) == 1
@@ -630,7 +630,7 @@ def test_pictures_of_a_batch_with_the_same_captions_are_told(drawings, tmp_path)
     quiet = {"data": {"validation": 0.0}, "eval": {"checkpoint": "last"}}
     write(5)  # 6 of each to train on: 5 of the 29 others are equal, of 15 in a batch 15 * 5 / 29
     told = r"data: of the 15 other pictures of a batch 2\.6 on average have the same captions, and"
-    with pytest.warns(UserWarning, match="are of pictures to train on"), pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match="belong to pictures to train on"), pytest.warns(UserWarning, match=told):
         ImageText(pairs(tmp_path, **quiet))
     write(20)  # 1 or 2 of each
     with warnings.catch_warnings(record=True) as caught:

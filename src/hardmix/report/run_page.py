@@ -59,7 +59,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     test = dig(summary, "test")
     test = {str(key): number(value) for key, value in test.items()} if isinstance(test, dict) else {}
     test = {key: value for key, value in test.items() if telling(key, summary)}
-    notes = list(run.notes)
+    notes = [*run.notes, *_data_notes(summary)]
     names = class_names(summary)
     diagram = dig(summary, "reliability")
     reliability = None
@@ -88,6 +88,18 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "recipe": run.recipe,
         "details": _details(summary),
     }
+
+
+def _data_notes(summary: dict[str, Any]) -> list[str]:
+    """What was wrong with the files, and was let pass because the recipe says so."""
+    skipped, overlap = (dig(summary, "data", key) for key in ("skipped", "overlap"))
+    notes = [f"{visible(both, 400)}, byte by byte." for both in (overlap if isinstance(overlap, list) else [])]
+    if isinstance(skipped, list) and skipped:
+        files = "1 file was" if len(skipped) == 1 else f"{count(len(skipped))} files were"
+        notes.append(
+            f"{files} left out, since what can't be read was to be skipped (the first: {visible(skipped[0], 200)})."
+        )
+    return notes
 
 
 def is_mixed(key: str) -> bool:

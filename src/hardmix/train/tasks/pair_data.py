@@ -64,7 +64,7 @@ class PairData:
         self.class_names, self.labels = _classes(pairs, classes)
         if twice := self.seen_texts(self.rows["train"]) & self.seen_texts(self.rows["test"]):
             warnings.warn(
-                f"data: {len(twice):,} texts of {pairs.name} are of pictures to train on and to test on "
+                f"data: {len(twice):,} of the texts of {pairs.name} belong to pictures to train on and to test on "
                 f"({min(twice)!r:.60}); what finds them may know them by heart.",
                 stacklevel=2,
             )
