@@ -129,6 +129,11 @@ def test_smoke_takes_few_images_and_as_many_as_it_is_told(cli, tmp_path):
         code, _, err = cli("run", "fashion-none", *sets, *more, "--smoke", "--out", out)
         assert code == 0, err
         assert json.loads((tmp_path / out / "summary.json").read_text())["data"]["train"] == rows
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    code, _, err = cli("eval", "all")
+    assert code == 2
+    assert "all was trained on data.path = 'photos', which is not there; pass where it is now as --data-path" in err
+    assert cli("eval", "all", "--data-path", "moved")[0] == 0
 
 
 def test_smoke_takes_a_split_of_a_whole_set(cli, tmp_path):

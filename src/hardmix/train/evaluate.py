@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hardmix._files import from_home
 from hardmix.train.recipe import load_recipe
 from hardmix.train.state import load_checkpoint, match_shapes, measured_weights
 from hardmix.train.tasks import TASKS
@@ -36,11 +38,20 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
         folder: run folder with recipe.toml and checkpoints/.
         which: "last", "best" or a step number.
         data_path: where the data set is, if it has moved since the training.
+
+    Raises:
+        FileNotFoundError: the data are not where they were.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     if which not in ("last", "best") and not which.isdigit():
         raise ValueError(f'eval: --checkpoint is {which!r}; pass "last", "best" or a step number.')
     overrides = [f"data.path={data_path}"] if data_path else []
     recipe = load_recipe(str(folder / "recipe.toml"), overrides)
+    if recipe.data.path and not data_path and not os.path.exists(from_home(recipe.data.path)):
+        raise FileNotFoundError(
+            f"eval: {folder} was trained on data.path = {recipe.data.path!r}, which is not there; pass where it is now "
+            "as --data-path, or call from where that path leads to it."
+        )
     saved = load_checkpoint(folder / "checkpoints", which)
     if recipe.semi.split and (own := folder / "split.json").is_file():  # the file that it was given may be gone
         recipe = recipe.model_copy(update={"semi": recipe.semi.model_copy(update={"split": str(own)})})

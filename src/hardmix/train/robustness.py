@@ -296,7 +296,11 @@ class _OnPixels(nn.Module):
 
 def _subset(images: ImageSet, samples: int) -> tuple[Tensor, Tensor]:
     """At most `samples` images with the classes in their shares, the same for every run on this data."""
-    index = torch.arange(len(images))
+    index, classes = torch.arange(len(images)), len(images.labels.unique())
+    if samples < min(classes, len(images)):
+        raise ValueError(
+            f"robustness: samples is {samples}, fewer than the {classes} classes; pass at least {classes}."
+        )
     if samples < len(images):
         index = stratified_subset(images.labels, samples, seed=0)
     return images.batch(index), images.labels[index]
