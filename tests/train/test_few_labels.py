@@ -371,6 +371,15 @@ def test_a_table_that_has_grown_is_told_before_what_was_trained_is_tested(own_fo
         evaluate_run(tmp_path / "run")
 
 
+def test_files_that_have_moved_are_those_that_were_trained_on(own_folder, tmp_path, monkeypatch):
+    shutil.copytree(own_folder, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    summary = run_recipe(own("photos"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "split.json").read_text())["labelled"][0][0].startswith("photos/")
+    shutil.move("photos", "elsewhere")
+    assert evaluate_run(tmp_path / "run", data_path=str(tmp_path / "elsewhere"))["test"] == summary["test"]
+
+
 def test_a_validation_file_that_is_also_unlabelled_is_counted(own_folder, tmp_path):
     held = FewLabels(own(own_folder)).validation_set
     folder = tmp_path / "copy"
@@ -378,9 +387,10 @@ def test_a_validation_file_that_is_also_unlabelled_is_counted(own_folder, tmp_pa
     shutil.copy(folder / "photos" / os.path.basename(held.sample_id(0)), folder / "photos" / "copy.png")
     with pytest.raises(ValueError, match="1 of 41 unlabelled files are also in the validation split"):
         FewLabels(own(folder))
-    found = FewLabels(own(folder, allow_overlap=True))
+    with pytest.warns(UserWarning, match="1 of 41 unlabelled files are also in the validation split"):
+        found, apart = (FewLabels(own(folder, allow_overlap=True, include_labelled=both)) for both in (True, False))
     assert len(found.few.overlap) == 1
-    assert found.few.mean == FewLabels(own(folder, allow_overlap=True, include_labelled=False)).few.mean
+    assert found.few.mean == apart.few.mean
 
 
 def test_files_for_validation_and_testing_are_not_among_the_unlabelled(own_folder):
@@ -408,4 +418,18 @@ def test_an_overlap_of_files_is_refused_unless_it_is_asked_for(own_folder, tmp_p
     shutil.copy(folder / "photos" / "00.png", folder / "photos" / "copy.png")
     with pytest.raises(ValueError, match="1 of 41 unlabelled files are also"):
         FewLabels(own(folder))
-    FewLabels(own(folder, allow_overlap=True))
+    with pytest.warns(UserWarning, match="1 of 41 unlabelled files are also"):
+        summary = run_recipe(own(folder, allow_overlap=True), tmp_path / "run")
+    assert "1 of 41 unlabelled files" in summary["data"]["overlap"][0]
+    assert "1 of 41 unlabelled files" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_files_that_are_left_out_are_told(own_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(own_folder, folder)
+    (folder / "photos" / "63.png").write_bytes(b"")
+    plan = own(folder)
+    plan = plan.model_copy(update={"data": plan.data.model_copy(update={"on_error": "skip"})})
+    with pytest.warns(UserWarning, match="1 files of folder are left out"):
+        run_recipe(plan, tmp_path / "run")
+    assert "1 file was left out" in (tmp_path / "run" / "report.html").read_text()

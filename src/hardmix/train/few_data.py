@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from hardmix.data.catalog import load_images
 from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
 from hardmix.data.few_labels_folder import load_few_labels
+from hardmix.data.images import ImageSet
 from hardmix.train.recipe import Recipe
 from hardmix.train.subset import stratified_rows
 
@@ -53,6 +56,12 @@ def _own(recipe: Recipe) -> FewLabelData:
         validation=data.validation,
         seed=recipe.seed,
     )
+    if found.overlap:
+        warnings.warn(
+            f"semi.allow_overlap: {' and '.join(found.overlap)}, byte by byte; what is measured on such files says "
+            "nothing of others.",
+            stacklevel=2,
+        )
     unlabelled, truth = found.unlabelled, found.truth
     if data.train_samples and data.train_samples < len(unlabelled):
         draws = torch.Generator().manual_seed(recipe.seed)
@@ -79,10 +88,17 @@ def record_of_files(few: FewLabelData) -> str:
     """JSON: which files are labelled, as what, and which validate, test, and are not labelled."""
     parts = {"labelled": few.train, "validation": few.validation, "test": few.test}
     lines = {
-        name: [[images.sample_id(i), images.class_names[int(images.labels[i])]] for i in range(len(images))]
+        name: [[file, images.class_names[int(images.labels[i])]] for i, file in enumerate(_files(few, images))]
         for name, images in parts.items()
         if images is not None
     }
-    others = [few.unlabelled.sample_id(i) for i in range(len(few.unlabelled))]
+    others = _files(few, few.unlabelled)
     digest = hashlib.sha256("\n".join(others).encode()).hexdigest()
     return json.dumps({**lines, "unlabelled": len(others), "sha256 of the unlabelled": digest}, indent=1) + "\n"
+
+
+def _files(few: FewLabelData, images: ImageSet) -> list[str]:
+    """The files of a set; those in the data set's folder by their paths in there, so that it may be moved."""
+    own = Path(few.source)
+    paths = [Path(images.sample_id(i)) for i in range(len(images))]
+    return [(path.relative_to(own) if path.is_relative_to(own) else path).as_posix() for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ class Classification:
     def setup(self, recipe: Recipe, data: ImageData, *, pretrained: bool) -> None:
         """All that follows from the data and its splits."""
         self.test_set = data.test
+        if data.skipped:
+            warnings.warn(
+                f"data: {len(data.skipped)} files of {data.name} are left out, since they can't be read (the first: "
+                f"{data.skipped[0]:.200}); a run's summary.json names them all.",
+                stacklevel=2,
+            )
         if recipe.eval.checkpoint == "best" and len(self.validation_set) == 0:
             raise ValueError(
                 'eval.checkpoint is "best" but nothing is kept for validation; set data.validation above 0.'

@@ -238,8 +238,12 @@ class FewLabels(Classification):
     def describe(self) -> dict[str, Any]:
         """The part of summary.json that is known before training."""
         found = super().describe()
-        counts = {"labelled": len(self.train_set), "unlabelled": len(self.few.unlabelled)}
-        found["data"] |= counts | {"train": all_samples(self.few, self.split, self.recipe.semi.include_labelled)}
+        found["data"] |= {
+            "labelled": len(self.train_set),
+            "unlabelled": len(self.few.unlabelled),
+            "train": all_samples(self.few, self.split, self.recipe.semi.include_labelled),
+            "overlap": list(self.few.overlap),
+        }
         found["model"]["parameters"] = sum(p.numel() for p in self.network.parameters())
         return found | {
             "objective": " + ".join(self._names()),
