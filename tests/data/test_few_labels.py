@@ -713,6 +713,29 @@ def test_labelled_files_that_are_tested_are_refused(tmp_path: Path) -> None:
         load_few_labels(tmp_path / "other", labelled="labels.csv")
 
 
+def test_labelled_files_that_are_tested_are_refused_whatever_is_cut_out(tmp_path: Path) -> None:
+    four_folders(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    shutil.copy(tmp_path / "labelled" / "cat" / "01.png", tmp_path / "test" / "dog" / "x.png")
+    said = set()
+    for seed in range(8):
+        with pytest.raises(ValueError, match=r"files are also in the test split \(the first is '.*01.png'") as refused:
+            load_few_labels(tmp_path, validation=0.4, seed=seed)
+        said.add("validation files" in str(refused.value))
+    assert said == {False, True}
+
+
+def test_copies_with_two_classes_are_refused(tmp_path: Path) -> None:
+    four_folders(tmp_path)
+    shutil.copy(tmp_path / "labelled" / "cat" / "01.png", tmp_path / "labelled" / "cat" / "y.png")
+    assert len(load_few_labels(tmp_path).train) == 16
+    shutil.copy(tmp_path / "labelled" / "cat" / "01.png", tmp_path / "labelled" / "dog" / "x.png")
+    with pytest.raises(
+        ValueError, match=r"01.png', labelled 'cat', and .*x.png', labelled 'dog', are the same, byte by"
+    ):
+        load_few_labels(tmp_path, allow_overlap=True)
+
+
 def test_a_validation_split_is_cut_out_before_files_are_compared(tmp_path: Path) -> None:
     four_folders(tmp_path)
     shutil.rmtree(tmp_path / "val")
@@ -726,7 +749,7 @@ def test_a_validation_split_is_cut_out_before_files_are_compared(tmp_path: Path)
     assert data.truth.tolist() == data.train.labels.tolist() + [-1] * 9
     assert (data.mean, data.std) == (whole.mean, whole.std)
     shutil.copy(ids(data.validation)[0], tmp_path / "unlabelled" / "copy.png")
-    shutil.copy(ids(data.train)[0], tmp_path / "labelled" / "emu" / "copy.png")
+    shutil.copy(ids(data.train)[0], Path(ids(data.train)[0]).with_name("copy.png"))
     with pytest.raises(ValueError, match=r"1 of 10 unlabelled files are also in the validation split"):
         load_few_labels(tmp_path, validation=0.2, seed=1)
     (tmp_path / "unlabelled" / "copy.png").unlink()

@@ -424,6 +424,17 @@ def test_an_overlap_of_files_is_refused_unless_it_is_asked_for(own_folder, tmp_p
     assert "1 of 41 unlabelled files" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_classes_that_differ_in_case_alone_are_told(own_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(own_folder, folder)
+    table = (
+        (folder / "labels.csv").read_text().replace("01.png,dark", "01.png,Dark").replace("03.png,dark", "03.png,Dark")
+    )
+    (folder / "labels.csv").write_text(table + "photos/25.png,Dark\nphotos/27.png,Dark\n")
+    with pytest.warns(UserWarning, match="the classes 'Dark' and 'dark', which differ in case alone"):
+        FewLabels(own(folder))
+
+
 def test_files_that_are_left_out_are_told(own_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(own_folder, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -46,6 +47,7 @@ PAIRS = (
     ("unlabelled", "validation", "unlabelled files are also in the validation split"),
     ("train", "test", "labelled files are also in the test split"),
     ("train", "validation", "labelled files are also in the validation split"),
+    ("validation", "test", "validation files are also in the test split"),
 )
 
 
@@ -82,7 +84,8 @@ def load_few_labels(
         on_error: "raise" stops with all files that are missing, empty, not images or too large; "skip" decodes every
             file once, leaves out the unreadable ones and records them in `skipped`.
         allow_overlap: don't stop where unlabelled files are the same, byte by byte, as labelled, test or validation
-            files, or labelled files as test or validation files; it is recorded in `overlap`.
+            files, labelled files as test or validation files, or validation files as test files; it is recorded in
+            `overlap`.
         include_labelled: count the labelled images as unlabelled, too, before the others.
         validation: where no folder makes the validation split, the share of the labelled images, those for testing
             taken off, that does, see `train_validation_split`; 0 for none.
@@ -95,8 +98,9 @@ def load_few_labels(
     Raises:
         FileNotFoundError: no such folder or list.
         ValueError: a class without labelled files, fewer than two classes, nothing unlabelled, too few files for a test
-            or a validation split, unreadable files, the same files in two splits; a list that is damaged or empty,
-            names files that aren't there or lead out of the folder, or names one with two classes.
+            or a validation split, unreadable files, the same files in two splits or labelled with two classes; a list
+            that is damaged or empty, names files that aren't there or lead out of the folder, or names one with two
+            classes.
     """
     if image_size is not None:
         _check.integer(WHO, "image_size", image_size, 1)
@@ -126,6 +130,7 @@ def load_few_labels(
         listings = {split: _without(listing, bad) for split, listing in listings.items()}
         pool = [file for file in pool if file not in bad]
     _check_classes(held_out, listings, names)
+    _check_copies(listings["train"])
     if not pool:
         raise ValueError(f"{WHO}: no unlabelled image of {shown(path)} can be read; add some.")
 
@@ -338,6 +343,21 @@ def _check_classes(held_out: dict[str, Path], listings: dict[str, Listing], name
             raise ValueError(f"{WHO}: {shown(root)} has no image that can be read; add some.")
 
 
+def _check_copies(labelled: Listing) -> None:
+    """No labelled files that are the same, byte by byte, but of two classes."""
+    size = {file: file.stat().st_size for file in labelled.paths}
+    often = Counter(size.values())
+    suspects = [(file, name) for file, name in zip(*labelled, strict=True) if often[size[file]] > 1]
+    first: dict[bytes, tuple[Path, str]] = {}
+    for (file, name), content in zip(suspects, in_threads(_content, [file for file, _ in suspects]), strict=True):
+        other, label = first.setdefault(content, (file, name))
+        if label != name:
+            raise ValueError(
+                f"{WHO}: {shown(other)}, labelled {label!r:.40}, and {shown(file)}, labelled {name!r:.40}, are the "
+                "same, byte by byte; keep one of them."
+            )
+
+
 def _cut_test(path: Path, labels: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rows for training and for testing: a fifth, and one of each class at least."""
     single = (torch.bincount(labels, minlength=len(names)) < 2).nonzero()[:, 0].tolist()
@@ -376,7 +396,7 @@ def _together(paths: Sequence[Path], kept: Tensor, held: Tensor) -> tuple[Tensor
 def _overlap(parts: dict[str, list[Path]]) -> list[str]:
     """What the parts have in common, as in "12 of 300 unlabelled files are also labelled"."""
     size = {file: file.stat().st_size for file in chain(*parts.values())}
-    pairs = [(parts[one], parts[other], text) for one, other, text in PAIRS if other in parts]
+    pairs = [(parts[one], parts[other], text) for one, other, text in PAIRS if {one, other} <= parts.keys()]
     # only files of the same length can be the same, and most need not be read
     same = [{size[file] for file in one} & {size[file] for file in other} for one, other, _ in pairs]
     suspects = [file for file in size if size[file] in set().union(*same)]

@@ -56,6 +56,14 @@ def _own(recipe: Recipe) -> FewLabelData:
         validation=data.validation,
         seed=recipe.seed,
     )
+    first: dict[str, str] = {}
+    for name in found.train.class_names:
+        if (other := first.setdefault(name.casefold(), name)) != name:
+            warnings.warn(
+                f"data: {found.source} has the classes {other!r:.60} and {name!r:.60}, which differ in case alone and "
+                "count as two; call them alike if they are one.",
+                stacklevel=2,
+            )
     if found.overlap:
         warnings.warn(
             f"semi.allow_overlap: {' and '.join(found.overlap)}, byte by byte; what is measured on such files says "
