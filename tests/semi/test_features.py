@@ -8,6 +8,7 @@ from torch import nn
 
 from hardmix.models.build import CLASSIFIERS, build_model
 from hardmix.semi.features import find_head, with_features
+from tests import compiling
 from tests.semi.cases import FEATURES, net, rng
 
 
@@ -32,6 +33,28 @@ def test_the_hook_is_gone_afterwards() -> None:
     with pytest.raises(RuntimeError):
         with_features(model, x[:, :2], head)  # the forward fails
     assert not head._forward_pre_hooks
+
+
+@compiling.supported
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where the graph breaks
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_compiled_model_has_features_or_says_why_not(skip: bool) -> None:
+    import torch._dynamo
+
+    model, x = net(), torch.randn(5, FEATURES, generator=rng(), dtype=torch.float64)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=skip):
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)
+        if skip:
+            with pytest.raises(
+                RuntimeError, match=r"torch\._dynamo\.config\.skip_nnmodule_hook_guards is set to False"
+            ):
+                with_features(compiled, x, find_head("X", compiled))
+        else:
+            for _ in range(3):
+                assert torch.equal(with_features(compiled, x, find_head("X", compiled))[1], model[:2](x))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -36,7 +36,10 @@ def with_features(model: Forward, x: Tensor, head: nn.Linear) -> tuple[Tensor, T
     finally:
         handle.remove()
     if not seen:
-        raise RuntimeError("with_features: the forward did not pass through the head; name the layer that it uses.")
+        raise RuntimeError(
+            "with_features: the forward did not pass through the head; name the layer that it uses (torch.compile "
+            "passes over hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is set to False before)."
+        )
     features = seen[-1]
     if features.ndim != 2 or len(features) != len(x):
         raise ValueError(
