@@ -421,7 +421,15 @@ def test_an_overlap_of_files_is_refused_unless_it_is_asked_for(own_folder, tmp_p
     with pytest.warns(UserWarning, match="1 of 41 unlabelled files are also"):
         summary = run_recipe(own(folder, allow_overlap=True), tmp_path / "run")
     assert "1 of 41 unlabelled files" in summary["data"]["overlap"][0]
-    assert "1 of 41 unlabelled files" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What was let pass in the data:</p>\n<ul>\n<li>1 of 41 unlabelled files" in page
+    assert "could not show" not in page
+
+
+def test_a_folder_without_a_name_is_told(own_folder, monkeypatch):
+    monkeypatch.chdir(own_folder)
+    with pytest.raises(FileNotFoundError, match=r"data\.path is empty"):
+        FewLabels(own(""))
 
 
 def test_classes_that_differ_in_case_alone_are_told(own_folder, tmp_path):

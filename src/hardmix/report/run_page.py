@@ -59,7 +59,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     test = dig(summary, "test")
     test = {str(key): number(value) for key, value in test.items()} if isinstance(test, dict) else {}
     test = {key: value for key, value in test.items() if telling(key, summary)}
-    notes = [*run.notes, *_data_notes(summary)]
+    notes = list(run.notes)
     names = class_names(summary)
     diagram = dig(summary, "reliability")
     reliability = None
@@ -74,6 +74,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "verdict": run_verdict(run),
         "facts": _facts(summary),
         "notes": notes,
+        "data_notes": _data_notes(summary),
         "metrics": [] if is_pairs(summary) else [_reading(*item) for item in test.items() if not is_mixed(item[0])],
         "pairs": pair_page.section(run, notes) if is_pairs(summary) else None,
         "missing": _missing(summary),

@@ -45,6 +45,8 @@ def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
 def _own(recipe: Recipe) -> FewLabelData:
     """The user's files; where they have no validation folder, `data.validation` of the labelled ones are kept."""
     data, semi = recipe.data, recipe.semi
+    if not data.path:
+        raise FileNotFoundError("data.path is empty, and one's own images have no usual place; name their folder.")
     found = load_few_labels(
         data.path,
         labelled=semi.labelled or "labelled",
