@@ -307,6 +307,31 @@ def test_a_run_is_measured_without_the_split_file_that_it_was_given(tmp_path):
     assert evaluate_run(tmp_path / "second")["test"] == summary["test"]
 
 
+def test_a_run_goes_on_without_the_split_file_that_it_was_given(tmp_path, monkeypatch):
+    run_recipe(recipe(), tmp_path / "first")
+    given = tmp_path / "given.json"
+    shutil.copy(tmp_path / "first" / "split.json", given)
+    plan = recipe(semi={"per_class": 0, "split": str(given)}, data={"validation": 0.0})
+    whole = run_recipe(plan, tmp_path / "whole")
+    after = FewLabels.end_step
+
+    def stop(task):
+        after(task)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FewLabels, "end_step", stop)
+        with pytest.raises(Interrupted):
+            run_recipe(plan, tmp_path / "parts")
+    given.unlink()
+    assert run_recipe(plan, tmp_path / "parts", resume=True)["test"] == whole["test"]
+
+
+def test_a_labelled_sample_by_itself_is_mixed_with_an_unlabelled_one(tmp_path):
+    plan = recipe(policy={"name": "mixup"}, train={"batch_size": 1, "epochs": 1}, semi={"steps_per_epoch": 2})
+    assert "loss_pair" in (run_recipe(plan, tmp_path), lines(tmp_path, "train"))[1][0]
+
+
 def test_too_few_files_for_validation_are_told(own_folder):
     plan = own(own_folder)
     data = plan.data.model_copy(update={"validation": 0.01})

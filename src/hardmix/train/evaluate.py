@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hardmix._files import from_home
+from hardmix.train.few_data import on_own_split
 from hardmix.train.recipe import load_recipe
 from hardmix.train.state import load_checkpoint, match_shapes, measured_weights
 from hardmix.train.tasks import TASKS
@@ -53,9 +54,7 @@ def load_run(folder: Path, which: str = "last", data_path: str = "") -> LoadedRu
             "as --data-path, or call from where that path leads to it."
         )
     saved = load_checkpoint(folder / "checkpoints", which)
-    if recipe.semi.split and (own := folder / "split.json").is_file():  # the file that it was given may be gone
-        recipe = recipe.model_copy(update={"semi": recipe.semi.model_copy(update={"split": str(own)})})
-    task = TASKS[recipe.task](recipe, pretrained=False)
+    task = TASKS[recipe.task](on_own_split(recipe, folder), pretrained=False)
     if isinstance(task, Classification):
         task.check_files(folder)
         task.make_room(folder)

@@ -42,6 +42,14 @@ def load_few(recipe: Recipe) -> tuple[FewLabelData, LabelSplit | None]:
     return with_few_labels(found, split), split
 
 
+def on_own_split(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of a run that has begun, on the split in its folder: the file that it was given may be gone."""
+    own = folder / "split.json"
+    if not recipe.semi.split or not own.is_file():
+        return recipe
+    return recipe.model_copy(update={"semi": recipe.semi.model_copy(update={"split": str(own)})})
+
+
 def _own(recipe: Recipe) -> FewLabelData:
     """The user's files; where they have no validation folder, `data.validation` of the labelled ones are kept."""
     data, semi = recipe.data, recipe.semi

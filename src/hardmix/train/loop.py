@@ -32,6 +32,7 @@ from hardmix.distributed import (
 )
 from hardmix.train.device import COMPILING_STEPS, compiled, compiling, device_name, make_accelerator, peak_memory_mb
 from hardmix.train.errors import Interrupted, RunError
+from hardmix.train.few_data import on_own_split
 from hardmix.train.files import new_folder, only_writer, write_json, write_text
 from hardmix.train.finite import not_finite_output, not_finite_weight
 from hardmix.train.log import NoLog, RunLog
@@ -134,7 +135,8 @@ class _Run:
                 f"not every process sees the checkpoints in {folder}; put it on a disk that all of them share."
             )
         # Weights to start from are not needed by a run that has a checkpoint of its own.
-        self.task = TASKS[recipe.task](recipe, pretrained=last is None).to(self.device)
+        on = recipe if last is None else on_own_split(recipe, folder)
+        self.task = TASKS[recipe.task](on, pretrained=last is None).to(self.device)
         if last is not None and isinstance(self.task, Classification):
             self.task.make_room(folder)
         if recipe.train.channels_last and self.task.layout is not None:
@@ -339,6 +341,7 @@ class _Run:
         """What each process has of each part of a batch: a sample, or two where they are mixed with one another."""
         processes, parts = self.accelerator.num_processes, self.recipe.train.accumulate
         mixed = self.recipe.policy is not None and self.recipe.policy.name != "augmix"
+        mixed = mixed and self.recipe.task != "few-labels"  # there it is with unlabelled ones
         smallest = processes * parts * (2 if mixed else 1)
         if self.batch_size < smallest:
             raise RunError(
