@@ -22,6 +22,14 @@ def test_recipes_that_are_tested_or_trained_on_other_samples_are_told() -> None:
         "The recipes differ in train.epochs (100, 200), data.train_samples (0, 50), data.validation (0.1, 0.2): some "
         "may be better for that alone."
     ]
+    one, two = (load_recipe("few-folder", ["data.path=a", f"semi.labelled={name}.csv"]) for name in "xy")
+    (told,) = cautions([one, two])
+    assert told.startswith("The recipes differ in semi.labelled: they may be tested on other")
+    few = ["few-fixmatch", ["semi.per_class=0", "data.validation=0", "semi.split=a.json"]]
+    one, two = load_recipe(*few), load_recipe(few[0], [*few[1][:2], "semi.split=b.json"])
+    assert cautions([one, two]) == [
+        "The recipes differ in semi.split (a.json, b.json): some may be better for that alone."
+    ]
     names = ("emoji-zero-shot", "emoji-clip", "emoji-m2mix")  # the first makes no step
     assert cautions([load_recipe(name) for name in names]) == []
 

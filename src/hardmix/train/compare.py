@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,25 @@ def cautions(recipes: list[Recipe]) -> list[str]:
     """What recipes differ in that no method can make up for: the samples that test them, how much they train on."""
     data = [recipe.data.model_dump(exclude=set(OF_TRAINING)) for recipe in recipes]
     told = []
-    if other := [f"data.{key}" for key in data[0] if any(d[key] != data[0][key] for d in data)]:
+    other = [f"data.{key}" for key in data[0] if any(d[key] != data[0][key] for d in data)]
+    if len({recipe.semi.labelled for recipe in recipes}) > 1:  # without a test folder they are tested on a part of it
+        other.append("semi.labelled")
+    if other:
         told.append(
             f"The recipes differ in {', '.join(other)}: they may be tested on other samples, and then neither their "
             "differences nor p say which is better."
         )
-    amounts: dict[str, list[float]] = {
+    amounts: dict[str, Sequence[object]] = {
         "train.epochs": [recipe.train.epochs for recipe in recipes if recipe.train.epochs],
         "data.train_samples": [recipe.data.train_samples for recipe in recipes],
         "data.validation": [recipe.data.validation for recipe in recipes],
         "semi.per_class": [recipe.semi.per_class for recipe in recipes],
         "semi.share": [recipe.semi.share for recipe in recipes],
+        "semi.split": [recipe.semi.split for recipe in recipes],
+        "semi.unlabelled": [recipe.semi.unlabelled for recipe in recipes],
     }
-    if more := [f"{key} ({', '.join(map(str, dict.fromkeys(v)))})" for key, v in amounts.items() if len(set(v)) > 1]:
+    lists = {key: ", ".join(str(value) or '""' for value in dict.fromkeys(v)) for key, v in amounts.items()}
+    if more := [f"{key} ({lists[key]})" for key, v in amounts.items() if len(set(v)) > 1]:
         told.append(f"The recipes differ in {', '.join(more)}: some may be better for that alone.")
     return told
 
