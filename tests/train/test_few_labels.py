@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hardmix.train.compare import compare
 from hardmix.train.errors import Interrupted, RecipeError, RunError
 from hardmix.train.evaluate import evaluate_run
 from hardmix.train.loop import run_recipe
@@ -394,6 +395,17 @@ def test_a_table_that_has_grown_is_told_before_what_was_trained_is_tested(own_fo
         table.writelines(f"photos/{number}.png,{'dark' if number % 2 else 'light'}\n" for number in range(30, 50))
     with pytest.raises(RunError, match="so what was trained on might be tested"):
         evaluate_run(tmp_path / "run")
+
+
+def test_a_comparison_keeps_no_run_of_other_files(own_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(own_folder, folder)
+    compare([own(folder)], [0], tmp_path / "all")
+    compare([own(folder)], [0, 1], tmp_path / "all")
+    with open(folder / "labels.csv", "a") as table:
+        table.write("photos/30.png,light\n")
+    with pytest.raises(RunError, match=r"seed-0 was trained on samples or labels that .* no longer has"):
+        compare([own(folder)], [0, 1, 2], tmp_path / "all")
 
 
 def test_files_that_have_moved_are_those_that_were_trained_on(own_folder, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 
 from hardmix.metrics.statistics import holm, mean_interval, paired_test
 from hardmix.train.errors import CheckpointError, Interrupted, RecipeError, RunError
+from hardmix.train.few_data import record_now
 from hardmix.train.files import new_folder, write_json
 from hardmix.train.loop import run_recipe
 from hardmix.train.recipe import Recipe
@@ -96,7 +97,11 @@ def _check_kept(jobs: list[Job]) -> None:
     for job in jobs:
         if problem := problem_with(job.recipe, job.folder, True):  # before any run, and before samples are blamed
             raise RunError(problem)
-        if job.recipe.task != "regression" or not (job.folder / "summary.json").is_file():
+        if not (job.folder / "summary.json").is_file():
+            continue
+        if job.recipe.task == "few-labels":
+            _check_split(job, now)
+        if job.recipe.task != "regression":
             continue
         data = read_summary(job.folder).get("data", {})
         contrast = job.recipe.contrast
@@ -108,10 +113,28 @@ def _check_kept(jobs: list[Job]) -> None:
             if key not in now:
                 now[key] = digest_now(section)
             if now[key] and kept.get("digest", now[key]) != now[key]:
-                raise RunError(
-                    f"{job.folder} was trained on samples or labels that {section.path or section.name} no longer has; "
-                    "choose another --out, or delete the runs that are to be trained again."
-                )
+                raise _other_samples(job, section.path or section.name)
+
+
+def _check_split(job: Job, now: dict[str, str | None]) -> None:
+    """That a kept run's files, or the split that it was given, are those that it was trained on."""
+    recipe, own = job.recipe, job.folder / "split.json"
+    if not own.is_file() or not (recipe.data.name == "folder" or recipe.semi.split):
+        return
+    drawn_by = recipe.seed if recipe.data.name == "folder" else 0
+    files = recipe.semi.model_dump_json(include={"labelled", "unlabelled", "include_labelled", "split"})
+    key = f"{recipe.data.model_dump_json(exclude={'augment'})} {files} {drawn_by}"
+    if key not in now:
+        now[key] = record_now(recipe)
+    if now[key] and now[key] != own.read_text("utf-8"):
+        raise _other_samples(job, recipe.semi.split or recipe.data.path)
+
+
+def _other_samples(job: Job, source: str) -> RunError:
+    return RunError(
+        f"{job.folder} was trained on samples or labels that {source} no longer has; choose another --out, or delete "
+        "the runs that are to be trained again."
+    )
 
 
 def default_workers(jobs: int) -> int:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from hardmix.data.catalog import load_images
-from hardmix.data.few_labels import FewLabelData, LabelSplit, draw_label_split, read_split, with_few_labels
+from hardmix.data.few_labels import (
+    FewLabelData,
+    LabelSplit,
+    draw_label_split,
+    read_split,
+    split_text,
+    with_few_labels,
+)
 from hardmix.data.few_labels_folder import load_few_labels
 from hardmix.data.images import ImageSet
 from hardmix.train.recipe import Recipe
@@ -100,6 +107,19 @@ def all_samples(few: FewLabelData, split: LabelSplit | None, include_labelled: b
     if split is not None:
         return len(torch.cat([split.labelled, split.unlabelled]).unique())
     return len(few.unlabelled) + (0 if include_labelled else len(few.train))
+
+
+def record(few: FewLabelData, split: LabelSplit | None) -> str:
+    """What split.json says: which samples are for what."""
+    return record_of_files(few) if split is None else split_text(split)
+
+
+def record_now(recipe: Recipe) -> str | None:
+    """What split.json of a run of this recipe would say now; None where its files are gone."""
+    try:
+        return record(*load_few(recipe))
+    except FileNotFoundError:
+        return None
 
 
 def record_of_files(few: FewLabelData) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hardmix import tables
-from hardmix.data.few_labels import split_text
 from hardmix.data.views import Augment
 from hardmix.metrics.classification import classification_metrics
 from hardmix.semi import MixedPairs, SemiAlgorithm, SemiBatch
@@ -19,7 +18,7 @@ from hardmix.semi.net import SemiNet
 from hardmix.semi.probabilities import class_mean
 from hardmix.train.components import build_algorithm
 from hardmix.train.errors import RunError
-from hardmix.train.few_data import all_samples, hidden_truth, load_few, record_of_files
+from hardmix.train.few_data import all_samples, hidden_truth, load_few, record
 from hardmix.train.few_section import own_options
 from hardmix.train.few_start import (
     saved_classes,
@@ -151,9 +150,7 @@ class FewLabels(Classification):
                 self.algorithm.make_room(count)
 
     def _record(self) -> str:
-        if self.split is not None:
-            return split_text(self.split)
-        return record_of_files(self.few)
+        return record(self.few, self.split)
 
     def rates(self) -> dict[nn.Parameter, float]:
         """The classifier's. What an algorithm learns besides, such as a projection, goes at the rate of the rest."""
