@@ -393,7 +393,7 @@ def test_a_table_that_has_grown_is_told_before_what_was_trained_is_tested(own_fo
     run_recipe(own(folder), tmp_path / "run")
     with open(folder / "labels.csv", "a") as table:
         table.writelines(f"photos/{number}.png,{'dark' if number % 2 else 'light'}\n" for number in range(30, 50))
-    with pytest.raises(RunError, match="so what was trained on might be tested"):
+    with pytest.raises(RunError, match=r"than what .*/copy gives now, so what was trained on might be tested"):
         evaluate_run(tmp_path / "run")
 
 
@@ -444,6 +444,9 @@ def test_fewer_unlabelled_samples_keep_their_classes(own_folder):
     plan = plan.model_copy(update={"data": plan.data.model_copy(update={"train_samples": 30})})
     task = FewLabels(plan)
     assert len(task.few.unlabelled) == len(task.truth) == 30
+    parts = (task.few.train, task.few.unlabelled)
+    files = {images.sample_id(i) for images in parts for i in range(len(images))}
+    assert task.describe()["data"]["train"] == len(files) > 30, "some of the labelled ones are not among the others"
     task.start_epoch(0, 0)
     _, _, others, truth, _ = task.load(torch.arange(8))
     assert len(others) == len(truth) == 24

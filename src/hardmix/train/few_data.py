@@ -102,11 +102,11 @@ def hidden_truth(few: FewLabelData, split: LabelSplit | None) -> Tensor:
     return torch.where(torch.isin(split.unlabelled, split.labelled), -1, few.truth)
 
 
-def all_samples(few: FewLabelData, split: LabelSplit | None, include_labelled: bool) -> int:
+def all_samples(few: FewLabelData, split: LabelSplit | None) -> int:
     """How many samples there are to train on, each counted once."""
     if split is not None:
         return len(torch.cat([split.labelled, split.unlabelled]).unique())
-    return len(few.unlabelled) + (0 if include_labelled else len(few.train))
+    return len({images.sample_id(i) for images in (few.train, few.unlabelled) for i in range(len(images))})
 
 
 def record(few: FewLabelData, split: LabelSplit | None) -> str:

@@ -137,8 +137,9 @@ class FewLabels(Classification):
         """That a run's samples are still those that it began with."""
         path = folder / "split.json"
         if path.is_file() and path.read_text("utf-8") != self._record():
+            own = self.few.source if self.split is None else self.few.name
             raise RunError(
-                f"{path} is another split than what {self.few.name} gives now, so what was trained on might be tested; "
+                f"{path} is another split than what {own} gives now, so what was trained on might be tested; "
                 "restore the data, or train into another --out."
             )
 
@@ -238,7 +239,7 @@ class FewLabels(Classification):
         found["data"] |= {
             "labelled": len(self.train_set),
             "unlabelled": len(self.few.unlabelled),
-            "train": all_samples(self.few, self.split, self.recipe.semi.include_labelled),
+            "train": all_samples(self.few, self.split),
             "overlap": list(self.few.overlap),
         }
         found["model"]["parameters"] = sum(p.numel() for p in self.network.parameters())
