@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,8 +68,27 @@ def saved(folder: Path) -> bool:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_breaks_is_named(workers, tmp_path) -> None:
     breaks = tiny(name="breaks", train={"lr": 1e25})
-    with pytest.raises(RunError, match=r"^breaks, seed 0: the loss is nan at step "):
+    with pytest.raises(RunError, match=r"^breaks, seed [01]: the loss is nan at step "):  # whichever is first
         compare([breaks], [0, 1], tmp_path, workers=workers)
+
+
+def test_a_worker_that_does_not_hear_its_signal_ends_all_the_same(tmp_path) -> None:
+    told: list[str] = []
+
+    def train() -> None:
+        try:
+            compare([tiny(name="breaks", train={"lr": 1e25})], [0, 1], tmp_path, workers=2)
+        except RunError as error:
+            told.append(str(error))
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which workers inherit
+    try:
+        thread = threading.Thread(target=train, daemon=True)  # the main one would hear it
+        thread.start()
+        thread.join(90)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "the loss is nan" in told[0]
 
 
 @pytest.mark.slow

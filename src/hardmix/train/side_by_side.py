@@ -92,6 +92,7 @@ def side_by_side(jobs: list[Job], workers: int, threads: int, watch: Watch) -> N
         except BaseException:
             for worker in team:
                 worker.process.terminate()  # once: a second signal would end it before it has saved
+                worker.give(None)  # where a signal was lost, in a run that just broke by itself, it waits for the next
             raise
         finally:
             for worker in team:
