@@ -69,6 +69,16 @@ def drawings(tmp_path_factory) -> Path:
     return folder
 
 
+def with_splits(drawings: Path, folder: Path, rows: list[tuple[int, str, str]]) -> None:
+    """The drawings in another folder, with a table of (number, caption, split)."""
+    for path in drawings.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with open(folder / "captions.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "caption", "split"])
+        table.writerows([f"{number}.png", caption, split] for number, caption, split in rows)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HARDMIX_CACHE", str(tmp_path / "cache"))
@@ -570,14 +580,11 @@ def test_what_a_start_was_trained_on_is_not_tested(drawings, tmp_path) -> None:
 
 
 def test_a_split_of_ones_own_that_shares_texts_is_told(drawings, tmp_path) -> None:
-    for path in drawings.glob("*.png"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    with open(tmp_path / "captions.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "caption", "split"])
-        for number, thing in enumerate(THINGS):
-            split = "test" if number % 3 == 0 else "train"
-            rows.writerow([f"{number}.png", "a thing" if number % 8 == 0 else thing, split])
+    rows = [
+        (number, "a thing" if number % 8 == 0 else thing, "test" if number % 3 == 0 else "train")
+        for number, thing in enumerate(THINGS)
+    ]
+    with_splits(drawings, tmp_path, rows)
     with pytest.warns(UserWarning, match="1 of the texts of captions belong to pictures to train on"):
         task = ImageText(pairs(tmp_path))
     # The first text is what is looked for, so all pictures that have it are right.
@@ -640,13 +647,8 @@ def test_pictures_of_a_batch_with_the_same_captions_are_told(drawings, tmp_path)
 
 
 def test_examples_tell_all_pictures_that_have_the_text(drawings, tmp_path) -> None:
-    for path in drawings.glob("*.png"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    with open(tmp_path / "captions.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "caption", "split"])
-        rows.writerows([f"{k}.png", f"kind {k % 3}" if k < 9 else THINGS[k], ["test", "train"][k >= 9]]
-                       for k in range(20))  # fmt: skip
+    rows = [(k, f"kind {k % 3}" if k < 9 else THINGS[k], ["test", "train"][k >= 9]) for k in range(20)]
+    with_splits(drawings, tmp_path, rows)
     task = ImageText(pairs(tmp_path, data={"validation": 0.0}, eval={"checkpoint": "last"}))
     found = task.test(task.model, torch.device("cpu"))["examples"]
     assert len(found["texts"]) == 3
@@ -657,14 +659,13 @@ def test_examples_tell_all_pictures_that_have_the_text(drawings, tmp_path) -> No
 
 
 def test_validation_that_is_drawn_shares_no_text_with_training(drawings, tmp_path) -> None:
-    for path in drawings.glob("*.png"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    with open(tmp_path / "captions.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "caption", "split"])
-        for number, thing in enumerate(THINGS):
-            split = "test" if number < 10 else "train"
-            rows.writerows([[f"{number}.png", text, split] for text in (thing, f"pair {split} {number // 2}")])
+    parts = ["test" if number < 10 else "train" for number in range(len(THINGS))]
+    rows = [
+        (number, text, parts[number])
+        for number, thing in enumerate(THINGS)
+        for text in (thing, f"pair {parts[number]} {number // 2}")
+    ]
+    with_splits(drawings, tmp_path, rows)
     data = ImageText(pairs(tmp_path)).data
     train, held = (data.seen_texts(data.rows[split]) for split in ("train", "validation"))
     assert len(data.rows["validation"]) == 6
